@@ -1,0 +1,84 @@
+# `make demo` and `make test` need only python3 (>= 3.10) with venv and pip, and make: they set up .venv first.
+#   PYTHON           the interpreter that .venv is made with
+#   TORCH_INDEX_URL  a wheel index of pytorch.org to take torch from, e.g. for CPU-only wheels
+#                    make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   CONSTRAINTS      the versions to install; /dev/null means the newest that setup.cfg allows
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+CONSTRAINTS ?= constraints.txt
+
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+
+BUNDLE := bundles/brats_mmformer_passion/configs
+BUNDLE_RUN := $(BIN)/python -m monai.bundle run
+DEMO_OUTPUT := demo_output
+DEMO := --output_dir $(DEMO_OUTPUT)
+# Small enough for the CPU of a laptop; a real training takes the values in the configuration.
+DEMO_TRAINING := --epochs 2
+
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install fix lint type test test-all bundles check-bundles check clean
+
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## Train, evaluate, predict and draw figures on a phantom cohort
+	$(BUNDLE_RUN) training --config_file $(BUNDLE)/train.yaml $(DEMO) $(DEMO_TRAINING)
+	$(BUNDLE_RUN) --config_file $(BUNDLE)/evaluate.yaml $(DEMO)
+	$(BUNDLE_RUN) --config_file $(BUNDLE)/inference.yaml $(DEMO)
+	$(BIN)/python -m passion_monai.evaluation.figures $(DEMO_OUTPUT)
+	@echo
+	@echo "Figures:      $(DEMO_OUTPUT)/figures/"
+	@echo "Scores:       $(DEMO_OUTPUT)/evaluation/table.md"
+	@echo "Predictions:  $(DEMO_OUTPUT)/predictions/"
+
+install: $(VENV)/.dev  ## Set up .venv for development, with the commit hooks
+	$(BIN)/pre-commit install
+
+fix: $(VENV)/.dev  ## Repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.dev  ## Check style, format and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+type: $(VENV)/.dev  ## Check types
+	$(BIN)/mypy passion_monai bundles
+
+test: $(VENV)/.dev  ## Run the tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev  ## Run all tests
+	$(BIN)/python -m pytest
+
+bundles: $(VENV)/.dev  ## Rebuild the bundles' configs from their fragments
+	$(BIN)/python bundles/build.py
+
+check-bundles: $(VENV)/.dev  ## Check that the bundles' configs match their fragments
+	$(BIN)/python bundles/build.py --check
+
+check: lint type check-bundles test  ## All that a change must pass
+
+clean:  ## Remove .venv, caches and the demo's output
+	rm -rf $(VENV) $(DEMO_OUTPUT) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and pinned: as a mere dependency, pip would take the newest build, with several GB of GPU libraries.
+$(VENV)/.torch: $(CONSTRAINTS)
+	@$(PYTHON) -c "import sys; sys.exit('Python >= 3.10 is needed: make ... PYTHON=python3.12' if sys.version_info < (3, 10) else 0)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.cfg
+	$(PIP_INSTALL) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch setup.cfg
+	$(PIP_INSTALL) -e ".[demo,dev]"
+	@touch $(VENV)/.demo $@
