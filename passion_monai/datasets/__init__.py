@@ -1,0 +1,93 @@
+"""The datasets: which modalities and labels each has, and how its cases are found on disk.
+
+A dataset is one file in this folder with a ``SPEC`` and a function ``discover(root)``, and its name in ``DATASETS``.
+Nothing outside this folder names a modality or a label value.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+__all__ = ["DATASETS", "DatasetSpec", "discover", "get_spec"]
+
+DATASETS: tuple[str, ...] = ("brats",)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What the rest of the package needs to know about a dataset.
+
+    Args:
+        name: the name in ``DATASETS``.
+        spatial_dims: 2 or 3.
+        modalities: names of the M modalities; their order is that of channels, encoders and the columns of C.
+        label_values: the k-th entry is the value of class k in the label files, background first. A case may carry
+            its own ``label_values`` where years differ.
+        class_names: names of the K classes.
+        regions: the overlapping regions that are scored, each with its class indices.
+        reference_split: number of training, validation and test patients in the paper.
+        csv_modalities: order of the modalities in the masks of the authors' split files, where such files exist.
+        csv_prefixes: what those files put before a case's id.
+
+    Raises:
+        ValueError: when the fields contradict each other.
+    """
+
+    name: str
+    spatial_dims: int
+    modalities: tuple[str, ...]
+    label_values: tuple[int, ...]
+    class_names: tuple[str, ...]
+    regions: Mapping[str, tuple[int, ...]]
+    reference_split: tuple[int, int, int]
+    csv_modalities: tuple[str, ...] | None = None
+    csv_prefixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.label_values) != len(self.class_names):
+            raise ValueError(
+                f"label_values and class_names must be as long, got {self.label_values}, {self.class_names}."
+            )
+        for region, classes in self.regions.items():
+            if not set(classes) <= set(range(1, len(self.class_names))):
+                raise ValueError(
+                    f"regions[{region!r}] must hold class indices from 1 to {len(self.class_names) - 1}, got {classes}."
+                )
+        if self.csv_modalities is not None and set(self.csv_modalities) != set(self.modalities):
+            raise ValueError(f"csv_modalities must be a reordering of {self.modalities}, got {self.csv_modalities}.")
+
+
+def get_spec(name: str) -> DatasetSpec:
+    """Facts about the dataset of this name.
+
+    Raises:
+        ValueError: listing ``DATASETS`` when the name is not among them.
+    """
+    spec: DatasetSpec = _module(name).SPEC
+    return spec
+
+
+def discover(name: str, root: str | Path) -> list[dict[str, Any]]:
+    """Find the cases of the dataset ``name`` below the folder ``root``.
+
+    Returns:
+        One dictionary per case, as :mod:`passion_monai.datasets.datalist` describes it, ordered by case id.
+
+    Raises:
+        ValueError: listing ``DATASETS`` when the name is not among them; or when files of a case contradict each other.
+        FileNotFoundError: when ``root`` is no folder or holds no case.
+    """
+    cases: list[dict[str, Any]] = _module(name).discover(root)
+    return cases
+
+
+def _module(name: str) -> ModuleType:
+    """A dataset's module; imported on demand, because it imports this one and is also run by ``python -m``."""
+    if name not in DATASETS:
+        raise ValueError(f"Unknown dataset {name!r}, expected one of {list(DATASETS)}.")
+    return importlib.import_module(f"{__name__}.{name}")

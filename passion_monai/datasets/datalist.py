@@ -1,0 +1,431 @@
+"""Datalists: JSON files that say which case has which files, and to which part of the split it belongs.
+
+A case is a dictionary with the keys
+
+- ``case``: its id; ``patient``: whom it shows, which differs where a patient was scanned more than once;
+- one key per modality *that exists*, holding a path: a missing modality is a missing key;
+- ``label``: path of the label file, missing where there is none;
+- ``label_values``: the value of class 0, 1, ... in label files of this kind;
+- ``presence``: optionally the case's row of C, which may hide modalities that exist.
+
+A datalist is ``{"dataset", "modalities", "root", "training": [case, ...], "validation": [...], "test": [...]}`` with
+paths relative to ``root``. Cases without a label are in a fourth section, ``inference``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from passion_monai.datasets import DatasetSpec
+from passion_monai.presence import check_presence
+
+__all__ = [
+    "SECTIONS",
+    "UNLABELLED_SECTION",
+    "apply_presence",
+    "datalist_command",
+    "datalist_presence",
+    "modality_counts",
+    "read_datalist",
+    "split_cases",
+    "write_datalist",
+]
+
+Case = dict[str, Any]
+
+SECTIONS = ("training", "validation", "test")
+UNLABELLED_SECTION = "inference"
+_HEADER_KEYS = ("dataset", "modalities", "root")
+_CASE_KEYS = ("case", "patient", "label", "label_values", "presence")
+
+
+def split_cases(
+    cases: Sequence[Case], *, sizes: Sequence[int], seed: int, ids: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[Case]]:
+    """Split cases into training, validation and test, keeping all cases of a patient together.
+
+    Without ``ids`` the patients are drawn at random in the proportions of ``sizes`` (largest remainder; no part is
+    left empty while there are enough patients). The result depends on the patients and the seed, not on the order of
+    ``cases``.
+
+    Args:
+        cases: what ``discover`` found.
+        sizes: three numbers whose proportion the numbers of training, validation and test patients follow.
+        seed: seed of the draw.
+        ids: case ids of each section, instead of a draw; a section may be missing, and cases in none of them are left
+            out.
+
+    Returns:
+        Cases by section, ordered by id. Cases without a label are in a further section ``inference``, which is there
+        only if there are such cases.
+
+    Raises:
+        ValueError: when ``sizes`` is impossible, or when ``ids`` names an unknown section, a case that is not there
+            or has no label, a case twice, or one patient in two sections.
+    """
+    ordered = sorted(cases, key=lambda case: str(case["case"]))
+    labelled = [case for case in ordered if "label" in case]
+    section_of = _drawn_sections(labelled, sizes, seed) if ids is None else _listed_sections(labelled, ids)
+    splits = {name: [case for case in labelled if section_of.get(case["case"]) == name] for name in SECTIONS}
+    unlabelled = [case for case in ordered if "label" not in case]
+    return {**splits, UNLABELLED_SECTION: unlabelled} if unlabelled else splits
+
+
+def _drawn_sections(cases: Sequence[Case], sizes: Sequence[int], seed: int) -> dict[str, str]:
+    """Section of each case id, drawn by patient."""
+    patients = sorted({case["patient"] for case in cases})
+    counts = _proportional_counts(len(patients), sizes)
+    sections = [name for name, count in zip(SECTIONS, counts, strict=True) for _ in range(count)]
+    order = np.random.default_rng(seed).permutation(len(patients))
+    section_of = {patients[index]: section for index, section in zip(order, sections, strict=True)}
+    return {case["case"]: section_of[case["patient"]] for case in cases}
+
+
+def _proportional_counts(total: int, sizes: Sequence[int]) -> list[int]:
+    """Whole numbers that add up to ``total`` in the proportion of ``sizes``, by the largest remainder."""
+    if len(sizes) != len(SECTIONS) or min(sizes) < 0 or sum(sizes) == 0:
+        raise ValueError(f"sizes must be three numbers >= 0 for {list(SECTIONS)}, not all 0, got {list(sizes)}.")
+    counts = [total * size // sum(sizes) for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda part: -(total * sizes[part] % sum(sizes)))
+    for part in by_remainder[: total - sum(counts)]:
+        counts[part] += 1
+    for part, size in enumerate(sizes):
+        if size > 0 and counts[part] == 0 and max(counts) > 1:
+            counts[counts.index(max(counts))] -= 1
+            counts[part] = 1
+    return counts
+
+
+def _listed_sections(cases: Sequence[Case], ids: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Section of each case id that stands in one of the given lists."""
+    patient_of = {case["case"]: case["patient"] for case in cases}
+    section_of: dict[str, str] = {}
+    section_of_patient: dict[str, str] = {}
+    for section, names in ids.items():
+        if section not in SECTIONS:
+            raise ValueError(f"ids is for the sections {list(SECTIONS)}, got {section!r}.")
+        unknown = [name for name in names if name not in patient_of]
+        if unknown:
+            raise ValueError(
+                f"ids[{section!r}] names {len(unknown)} of {len(names)} cases that were not found or have no label, "
+                f"the first is {unknown[0]!r}; ids look like {next(iter(patient_of), None)!r}."
+            )
+        for name in names:
+            if name in section_of:
+                raise ValueError(f"ids names case {name!r} twice, in {section_of[name]!r} and in {section!r}.")
+            section_of[name] = section
+            other = section_of_patient.setdefault(patient_of[name], section)
+            if other != section:
+                raise ValueError(f"ids puts patient {patient_of[name]!r} into two sections, {other!r} and {section!r}.")
+    return section_of
+
+
+def write_datalist(
+    path: str | Path, splits: Mapping[str, Sequence[Case]], *, spec: DatasetSpec, root: str | Path
+) -> None:
+    """Write a datalist; either the whole file appears or nothing changes.
+
+    Args:
+        path: the JSON file; its folder is made where needed.
+        splits: cases by section, as :func:`split_cases` returns them.
+        spec: the dataset.
+        root: folder below which all files lie; paths are stored relative to it, so that the data can move.
+
+    Raises:
+        ValueError: naming the case when one of its files is not below ``root``.
+    """
+    path, root = Path(path), Path(root)
+    content: dict[str, Any] = {"dataset": spec.name, "modalities": list(spec.modalities), "root": str(root.resolve())}
+    for section, cases in splits.items():
+        content[section] = [_with_relative_paths(case, spec.modalities, root) for case in cases]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _with_relative_paths(case: Case, modalities: Sequence[str], root: Path) -> Case:
+    relative = dict(case)
+    for key in _file_keys(case, modalities):
+        # The root is tried as given and with links resolved; links below it are kept as they are.
+        file = Path(case[key]).absolute()
+        base = next((base for base in (root.absolute(), root.resolve()) if file.is_relative_to(base)), None)
+        if base is None:
+            raise ValueError(
+                f"Case {case['case']!r}: {key} {file} is not below root {root}; pass the folder that holds it."
+            )
+        relative[key] = file.relative_to(base).as_posix()
+    return relative
+
+
+def _file_keys(case: Mapping[str, Any], modalities: Sequence[str]) -> list[str]:
+    return [key for key in (*modalities, "label") if key in case]
+
+
+def read_datalist(
+    path: str | Path, section: str, *, modalities: Sequence[str], root: str | Path | None = None
+) -> list[Case]:
+    """Read and check one section of a datalist.
+
+    Args:
+        path: the JSON file.
+        section: ``training``, ``validation``, ``test`` or ``inference``.
+        modalities: the modalities to read, some or all of the datalist's; other modalities of a case are left out.
+        root: folder that the paths are relative to, where it is no longer the one in the file.
+
+    Returns:
+        The section's cases, with absolute paths and, where a case has it, ``presence`` in the order of ``modalities``.
+
+    Raises:
+        FileNotFoundError: when the datalist or a file of a case does not exist.
+        ValueError: naming the datalist and the case when anything in it is not as this module describes.
+    """
+    path = Path(path)
+    content = _load(path, section)
+    absent = [modality for modality in modalities if modality not in content["modalities"]]
+    if absent:
+        raise ValueError(f"{path} has the modalities {content['modalities']}, but {absent[0]!r} is asked for.")
+    folder = Path(content["root"] if root is None else root).expanduser().absolute()
+    cases = []
+    for entry in content[section]:
+        where = f"{path}, section {section!r}, case {entry['case']!r}"
+        _check_case(entry, where, content["modalities"], labelled=section in SECTIONS)
+        case = _select_modalities(entry, content["modalities"], modalities)
+        if not datalist_presence([case], modalities).any():
+            raise ValueError(f"{where}: none of {list(modalities)} is present; remove the case.")
+        cases.append(_with_absolute_paths(case, where, modalities, folder))
+    return cases
+
+
+def _load(path: Path, section: str) -> dict[str, Any]:
+    """The datalist's content, checked as far as it does not concern single cases."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Datalist {path} does not exist; python -m passion_monai.datasets.<name> makes one (see its --help)."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    sections = (*SECTIONS, UNLABELLED_SECTION)
+    if section not in sections:
+        raise ValueError(f"section must be one of {list(sections)}, got {section!r}.")
+    if not isinstance(content, dict) or not set(_HEADER_KEYS) <= content.keys() <= {*_HEADER_KEYS, *sections}:
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{path} must be an object with {list(_HEADER_KEYS)} and sections {list(sections)}, got {found}."
+        )
+    if not isinstance(content["modalities"], list) or not isinstance(content["root"], str):
+        raise ValueError(
+            f"{path}: 'modalities' must be a list of names and 'root' a folder, got {content['modalities']!r} "
+            f"and {content['root']!r}."
+        )
+    filled = {name: content[name] for name in sections if content.get(name)}
+    if section not in filled:
+        raise ValueError(f"{path} has no case in section {section!r}; the sections with cases are {list(filled)}.")
+    _check_unique(path, filled)
+    return content
+
+
+def _check_unique(path: Path, sections: Mapping[str, Any]) -> None:
+    """Check that every case has an id and none is there twice, in whatever sections."""
+    section_of: dict[str, str] = {}
+    for section, entries in sections.items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path}, section {section!r}: must be a list of objects, one per case.")
+        for entry in entries:
+            case = entry.get("case")
+            if not isinstance(case, str):
+                raise ValueError(f"{path}, section {section!r}: 'case' must be the case's id, got {case!r} in {entry}.")
+            if case in section_of:
+                raise ValueError(f"{path}: case {case!r} is there twice, in {section_of[case]!r} and in {section!r}.")
+            section_of[case] = section
+
+
+def _check_case(entry: Mapping[str, Any], where: str, modalities: Sequence[str], *, labelled: bool) -> None:
+    """Check the keys and values of one entry, without looking at the disk."""
+    unknown = sorted(entry.keys() - {*_CASE_KEYS, *modalities})
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown keys {unknown}, expected modalities {list(modalities)} and {list(_CASE_KEYS)}."
+        )
+    if labelled and "label" not in entry:
+        raise ValueError(f"{where}: has no label; add one or move the case to section {UNLABELLED_SECTION!r}.")
+    for key in _file_keys(entry, modalities):
+        if not isinstance(entry[key], str):
+            raise ValueError(
+                f"{where}: {key!r} must be a path, got {entry[key]!r}; leave out the key of a missing modality."
+            )
+    row = entry.get("presence", [True] * len(modalities))
+    if not isinstance(row, list) or len(row) != len(modalities) or any(value not in (0, 1) for value in row):
+        raise ValueError(f"{where}: 'presence' must be {len(modalities)} booleans, one per modality, got {row!r}.")
+
+
+def _select_modalities(entry: Mapping[str, Any], modalities: Sequence[str], wanted: Sequence[str]) -> Case:
+    """The case with the wanted modalities only, its row of C in their order."""
+    case = {key: value for key, value in entry.items() if key in wanted or key not in modalities}
+    if "presence" in entry:
+        row = dict(zip(modalities, entry["presence"], strict=True))
+        case["presence"] = [bool(row[modality]) for modality in wanted]
+    return case
+
+
+def _with_absolute_paths(case: Case, where: str, modalities: Sequence[str], root: Path) -> Case:
+    """The case with absolute paths, all of which exist."""
+    absolute = dict(case)
+    for key in _file_keys(case, modalities):
+        file = root / case[key]
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{where}: {key} {file} does not exist. If the data lie somewhere else than "
+                f"{root}, pass that folder as root; if the modality is missing, leave out its key."
+            )
+        absolute[key] = str(file)
+    return absolute
+
+
+def datalist_presence(cases: Sequence[Case], modalities: Sequence[str]) -> NDArray[np.bool_]:
+    """The presence matrix of a list of cases.
+
+    Args:
+        cases: N cases.
+        modalities: names of the M modalities.
+
+    Returns:
+        Boolean array ``[N, M]``: true where the modality's key is there and the case's ``presence`` row, if any,
+        agrees.
+
+    Raises:
+        ValueError: naming the case when its ``presence`` row does not have M entries.
+    """
+    presence = np.zeros((len(cases), len(modalities)), dtype=bool)
+    for index, case in enumerate(cases):
+        row = case.get("presence", [True] * len(modalities))
+        if len(row) != len(modalities):
+            raise ValueError(f"Case {case['case']!r}: presence must have {len(modalities)} entries, got {list(row)}.")
+        presence[index] = [key in case and bool(value) for key, value in zip(modalities, row, strict=True)]
+    return presence
+
+
+def apply_presence(cases: Sequence[Case], presence: ArrayLike, modalities: Sequence[str]) -> list[Case]:
+    """Give each case its row of C, so that the modalities it hides are never read.
+
+    The paths stay in the case; the transform that masks modalities removes them before anything is loaded.
+
+    Args:
+        cases: N cases; they are not changed.
+        presence: C, ``[N, M]``, its rows in the order of ``cases``.
+        modalities: names of the M modalities.
+
+    Returns:
+        New cases with ``presence``, a list of M booleans.
+
+    Raises:
+        ValueError: when the shapes do not fit, a row is empty, or C claims a modality that a case does not have.
+    """
+    matrix = check_presence(presence, modalities)
+    if len(matrix) != len(cases):
+        raise ValueError(f"presence must have one row for each of {len(cases)} cases, got {len(matrix)} rows.")
+    for index, modality in np.argwhere(matrix & ~datalist_presence(cases, modalities)):
+        raise ValueError(
+            f"presence says that case {cases[index]['case']!r} has {modalities[modality]!r}, but the case does not "
+            "have it; set the entry to false or leave the case out."
+        )
+    return [{**case, "presence": row.tolist()} for case, row in zip(cases, matrix, strict=True)]
+
+
+def modality_counts(cases: Sequence[Case], modalities: Sequence[str]) -> dict[str, int]:
+    """How many of the cases have each modality."""
+    counts = datalist_presence(cases, modalities).sum(axis=0).tolist()
+    return dict(zip(modalities, counts, strict=True))
+
+
+def datalist_command(
+    argv: Sequence[str] | None,
+    *,
+    spec: DatasetSpec,
+    discover: Callable[[Path], list[Case]],
+    description: str,
+    epilog: str,
+) -> None:
+    """Command line of a dataset: find the cases below a folder, split them and write the datalist.
+
+    Args:
+        argv: the arguments; those of the process if None.
+        spec: the dataset.
+        discover: finds the dataset's cases.
+        description: what is found, for ``--help``.
+        epilog: examples, for ``--help``.
+    """
+    parser = _parser(spec, description, epilog)
+    arguments = parser.parse_args(argv)
+    lists = {section: getattr(arguments, f"{section}_ids") for section in SECTIONS}
+    try:
+        ids = {section: _read_ids(path) for section, path in lists.items() if path is not None}
+        cases = discover(arguments.root)
+        splits = split_cases(cases, sizes=arguments.sizes, seed=arguments.seed, ids=ids or None)
+        write_datalist(arguments.output, splits, spec=spec, root=arguments.root)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(_summary(cases, splits, spec))
+    print(f"Wrote {arguments.output}")
+
+
+def _parser(spec: DatasetSpec, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m passion_monai.datasets.{spec.name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder that is searched, with all its subfolders")
+    parser.add_argument("--output", type=Path, required=True, help="datalist to write (.json)")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs=len(SECTIONS),
+        default=spec.reference_split,
+        metavar=("TRAINING", "VALIDATION", "TEST"),
+        help="proportions of the drawn split, counted in patients (default: %(default)s, as in the paper)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn split (default: %(default)s)")
+    for section in SECTIONS:
+        parser.add_argument(
+            f"--{section}-ids",
+            type=Path,
+            metavar="FILE",
+            help=f"text file with the {section} cases, one id a line, instead of drawing",
+        )
+    return parser
+
+
+def _read_ids(path: Path) -> list[str]:
+    ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not ids:
+        raise ValueError(f"{path} holds no case id, expected one a line.")
+    return ids
+
+
+def _summary(cases: Sequence[Case], splits: Mapping[str, Sequence[Case]], spec: DatasetSpec) -> str:
+    """What was found and where it went, to be printed."""
+    counts = {**modality_counts(cases, spec.modalities), "label": sum("label" in case for case in cases)}
+    unused = len(cases) - sum(map(len, splits.values()))
+    parts = {**{section: len(members) for section, members in splits.items()}, **({"unused": unused} if unused else {})}
+    return "\n".join(
+        [
+            f"Found {len(cases)} cases of {len({case['patient'] for case in cases})} patients",
+            *(f"  with {name}: {count}" for name, count in counts.items()),
+            "Split into " + ", ".join(f"{name} {count}" for name, count in parts.items()),
+        ]
+    )
