@@ -1,0 +1,168 @@
+"""The contract of every backbone: a new entry of BACKBONES is tested because it is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from passion_monai.distillation import SelfDistillation
+from passion_monai.networks import BACKBONES, Backbone
+
+CASES = [(name, spatial_dims, num) for name in BACKBONES for spatial_dims, num in [(2, 2), (2, 4), (3, 3)]]
+SMALL = {"mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32}}
+
+
+def build(name: str, spatial_dims: int, num_modalities: int, **kwargs: int) -> Backbone:
+    torch.manual_seed(0)
+    network = BACKBONES[name](spatial_dims, num_modalities, 3, img_size=32, **SMALL[name], **kwargs).eval()
+    # Position embeddings start at zero: give them values, or mistakes with them would not show.
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network.double()
+
+
+def random_image(spatial_dims: int, num_modalities: int, batch: int = 1) -> torch.Tensor:
+    return torch.randn(
+        batch, num_modalities, *[32] * spatial_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def patterns(num_modalities: int) -> torch.Tensor:
+    """Three rows of presence: the first modality alone, all but the first, all."""
+    one_hot = torch.arange(num_modalities) == 0
+    return torch.stack([one_hot, ~one_hot, torch.ones_like(one_hot)])
+
+
+@pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), CASES)
+class TestContract:
+    def test_output_shapes(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        image, presence = random_image(spatial_dims, num_modalities, 3), patterns(num_modalities)
+        with torch.no_grad():
+            features = network.encode(image, presence)
+            output = network.decode(features, presence)
+            own = network.decode_modality(features, 1)
+            logits = network(image)
+        size = [32] * spatial_dims
+        assert list(output.logits.shape) == list(own.shape) == list(logits.shape) == [3, 3, *size]
+        assert list(output.features.shape[2:]) == size
+        assert all(level.shape[:2] == (3, 3) for level in output.auxiliary)
+        widths = [level.shape[-1] for level in output.auxiliary]
+        assert widths == sorted(widths, reverse=True)
+
+    def test_absent_modalities_have_no_influence(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        image, presence = random_image(spatial_dims, num_modalities, 3), patterns(num_modalities)
+        garbage = image.clone()
+        garbage[~presence] = torch.nan
+        with torch.no_grad():
+            assert torch.equal(network(garbage, presence), network(image, presence))
+
+    def test_absent_encoders_are_not_run(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        seen: list[tuple[int, int]] = []
+        original = network.encode_modality
+
+        def spy(image: torch.Tensor, modality: int) -> tuple[torch.Tensor, ...]:
+            seen.append((modality, len(image)))
+            return original(image, modality)
+
+        network.encode_modality = spy
+        network.encode(random_image(spatial_dims, num_modalities, 2), patterns(num_modalities)[:1].expand(2, -1))
+        assert seen == [(0, 2)]
+
+    def test_absent_features_are_zero(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        presence = patterns(num_modalities)
+        with torch.no_grad():
+            features = network.encode(random_image(spatial_dims, num_modalities, 3), presence)
+        assert all(float(level[~presence].abs().max()) == 0 for level in features)
+        assert all(float(level[presence].abs().amax()) > 0 for level in features)
+
+    def test_one_hot_decode_equals_that_modality_alone(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        image = random_image(spatial_dims, num_modalities)
+        with torch.no_grad():
+            features = network.encode(image, torch.ones(1, num_modalities, dtype=torch.bool))
+            for modality in range(num_modalities):
+                one_hot = (torch.arange(num_modalities) == modality)[None]
+                student = network.decode(features, one_hot).logits
+                torch.testing.assert_close(student, network(image, one_hot))
+
+    def test_mixed_presence_in_a_batch_equals_single_samples(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        image, presence = random_image(spatial_dims, num_modalities, 3), patterns(num_modalities)
+        with torch.no_grad():
+            together = network(image, presence)
+            single = torch.cat([network(image[n : n + 1], presence[n : n + 1]) for n in range(3)])
+        torch.testing.assert_close(together, single)
+
+    def test_gradients_reach_exactly_the_encoders_of_present_modalities(
+        self, name: str, spatial_dims: int, num_modalities: int
+    ):
+        network = build(name, spatial_dims, num_modalities)
+        logits = network(random_image(spatial_dims, num_modalities), patterns(num_modalities)[1:2])
+        logits.square().mean().backward()
+        touched = [
+            any(parameter.grad is not None for parameter in encoder.parameters()) for encoder in network.encoders
+        ]
+        assert touched == [False] + [True] * (num_modalities - 1)
+
+    def test_state_dict_round_trip(self, name: str, spatial_dims: int, num_modalities: int):
+        network, other = build(name, spatial_dims, num_modalities), build(name, spatial_dims, num_modalities)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(network.state_dict())
+        image = random_image(spatial_dims, num_modalities)
+        with torch.no_grad():
+            assert torch.equal(network(image), other(image))
+
+    def test_distillation_runs_each_pass_once_from_one_encoding(
+        self, name: str, spatial_dims: int, num_modalities: int
+    ):
+        network = build(name, spatial_dims, num_modalities)
+        image, presence = random_image(spatial_dims, num_modalities, 3), patterns(num_modalities)
+        with torch.no_grad():
+            output = SelfDistillation(network, own_predictions=True)(image, presence)
+            fused = network(image, presence)
+        torch.testing.assert_close(output.fused.logits, fused)
+        # Only samples with two or more modalities have students: of the three, the first has one modality.
+        rows = presence & (presence.sum(dim=1, keepdim=True) > 1)
+        sizes = [0 if student is None else len(student.logits) for student in output.students]
+        assert sizes == rows.sum(dim=0).tolist()
+        own_sizes = [0 if own is None else len(own) for own in output.own_predictions]
+        assert own_sizes == presence.sum(dim=0).tolist()
+
+
+BAD_CALLS = [
+    ((1, 2, 32, 32), [[True, True, True]], r"image must be \[B, 3, H, W\]"),
+    ((1, 3, 48, 32), [[True, True, True]], "built for img_size"),
+    ((1, 3, 32, 32), [[True, True]], r"presence must be bool \[1, 3\]"),
+    ((1, 3, 32, 32), [[False, False, False]], "a sample without any modality"),
+]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("shape", "presence", "message"), BAD_CALLS)
+def test_bad_calls_are_refused(name: str, shape: tuple[int, ...], presence: list[list[bool]], message: str):
+    with pytest.raises(ValueError, match=message):
+        build(name, 2, 3)(torch.zeros(shape), torch.tensor(presence))
+
+
+BAD_ARGUMENTS = [
+    ({"spatial_dims": 1}, "spatial_dims must be 2 or 3, got 1"),
+    ({"num_modalities": 0}, "num_modalities must be at least 1, got 0"),
+    ({"num_classes": 1}, "num_classes counts the background and must be at least 2, got 1"),
+    ({"img_size": 40}, "img_size must be multiples of 16"),
+    ({"img_size": 16}, "at least 32, got"),
+]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("changed", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(name: str, changed: dict[str, int], message: str):
+    arguments = {"spatial_dims": 2, "num_modalities": 3, "num_classes": 3, "img_size": 32} | changed
+    with pytest.raises(ValueError, match=message):
+        BACKBONES[name](**arguments)
