@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from passion_monai.distillation import DistillationOutput, SelfDistillation
+from passion_monai.losses import PassionLoss, PixelDistillationLoss, PrototypeDistillationLoss, SegmentationLoss
+from passion_monai.networks import MMFormer
+from passion_monai.networks.base import DecoderOutput
+
+PRESENCE = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
+
+
+def passes(presence: torch.Tensor = PRESENCE) -> tuple[DistillationOutput, torch.Tensor]:
+    """Real passes of a small network in evaluation mode, with a label."""
+    torch.manual_seed(0)
+    network = MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8).eval()
+    image = torch.randn(len(presence), 3, 32, 32)
+    label = torch.randint(3, (len(presence), 1, 32, 32))
+    with torch.no_grad():
+        return SelfDistillation(network)(image, presence), label
+
+
+def one_sample(output: DistillationOutput, n: int) -> tuple[DecoderOutput, dict[int, DecoderOutput]]:
+    """Teacher and students of one sample of a batch, each as a batch of one."""
+
+    def pick(out: DecoderOutput, row: int) -> DecoderOutput:
+        return DecoderOutput(
+            out.logits[row : row + 1], tuple(a[row : row + 1] for a in out.auxiliary), out.features[row : row + 1]
+        )
+
+    students = {
+        m: pick(student, int(output.student_rows[:n, m].sum()))
+        for m, student in enumerate(output.students)
+        if student is not None and output.student_rows[n, m]
+    }
+    return pick(output.fused, n), students
+
+
+def slow_passion(output: DistillationOutput, label: torch.Tensor, beta: list[float], *, mask: bool = True) -> float:
+    """Eq. (14) sample by sample and modality by modality, from the single losses."""
+    total = 0.0
+    for n in range(len(label)):
+        teacher, students = one_sample(output, n)
+        total += float(SegmentationLoss()(teacher, label[n : n + 1]))
+        single = {
+            m: PrototypeDistillationLoss(3)(student.features, teacher.features, label[n : n + 1])
+            for m, student in students.items()
+        }
+        mean_gap = sum(float(gap) for _, gap in single.values()) / max(len(single), 1)
+        for m, student in students.items():
+            neglected = 1 - float(single[m][1]) / mean_gap < 0
+            total += 0.5 * beta[m] * float(PixelDistillationLoss()(student, teacher))
+            total += 0.1 * float(single[m][0]) * (neglected or not mask)
+    return total / len(label)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_equals_the_explicit_version(mask: bool):
+    output, label = passes()
+    beta = [3.0, 1.5, 0.5]
+    loss = PassionLoss(3, 3, initial_beta=beta, use_task_mask=mask)(output, label)
+    assert float(loss) == pytest.approx(slow_passion(output, label, beta, mask=mask), rel=1e-5)
+
+
+def test_a_batch_is_the_mean_of_its_samples():
+    output, label = passes()
+    loss = PassionLoss(3, 3, initial_beta=[3.0, 1.5, 0.5])
+    singles = []
+    for n in range(3):
+        teacher, students = one_sample(output, n)
+        sample = DistillationOutput(PRESENCE[n : n + 1], teacher, tuple(students.get(m) for m in range(3)), (None,) * 3)
+        singles.append(loss(sample, label[n : n + 1]))
+    torch.testing.assert_close(loss(output, label), torch.stack(singles).mean())
+
+
+def test_a_sample_with_one_modality_has_gap_and_distillation_zero_even_with_dropout():
+    network = MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8, dropout_rate=0.5)
+    loss = PassionLoss(3, 3)
+    presence = PRESENCE[2:]
+    loss(SelfDistillation(network.train())(torch.randn(1, 3, 32, 32), presence), torch.randint(3, (1, 1, 32, 32)))
+    for name in ("gap", "loss_pixel", "loss_prototype", "relative_preference"):
+        assert loss.terms[name][0, 2] == 0
+        assert loss.terms[name].isnan().tolist() == [[True, True, False]]
+
+
+def test_table_2_rows_are_argument_values():
+    output, label = passes()
+    segmentation = PassionLoss(3, 3, lambda_pixel=0.0, lambda_prototype=0.0)(output, label)
+    pixel = PassionLoss(3, 3, lambda_prototype=0.0)(output, label)
+    prototype = PassionLoss(3, 3, lambda_pixel=0.0, use_task_mask=False)(output, label)
+    both = PassionLoss(3, 3, use_task_mask=False)(output, label)
+    masked = PassionLoss(3, 3)(output, label)
+    torch.testing.assert_close(both - segmentation, (pixel - segmentation) + (prototype - segmentation))
+    assert segmentation < pixel < masked < both
+
+
+def test_terms_carry_no_gradient():
+    torch.manual_seed(0)
+    network = MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8)
+    loss = PassionLoss(3, 3)
+    total = loss(SelfDistillation(network)(torch.randn(3, 3, 32, 32), PRESENCE), torch.randint(3, (3, 1, 32, 32)))
+    assert total.requires_grad
+    assert not any(term.requires_grad for term in loss.terms.values())
+
+
+def test_beta_is_in_the_state():
+    loss = PassionLoss(2, 3, initial_beta=[2.0, 4.0])
+    other = PassionLoss(2, 3)
+    other.load_state_dict(loss.state_dict())
+    assert other.beta.tolist() == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("beta", [[1.0], [1.0, 0.0], [1.0, -1.0]])
+def test_initial_beta_must_fit(beta: list[float]):
+    with pytest.raises(ValueError, match="initial_beta must be 2 positive values, got"):
+        PassionLoss(2, 3, initial_beta=beta)

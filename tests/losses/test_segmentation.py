@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from passion_monai.distillation import DistillationOutput
+from passion_monai.losses import DiceWeightedCELoss, SegmentationLoss, TaskLoss
+from passion_monai.networks.base import DecoderOutput
+
+SHAPES = [(4, 6), (3, 4, 5)]
+
+
+def random_case(shape: tuple[int, ...], batch: int = 2, num_classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(len(shape))
+    logits = torch.randn(batch, num_classes, *shape, generator=generator)
+    return logits, torch.randint(num_classes, (batch, 1, *shape), generator=generator)
+
+
+def slow_dice_ce(logits: Tensor, label: Tensor) -> float:
+    """Dice plus weighted cross-entropy of one sample, voxel by voxel: logits [K, ...], label [...]."""
+    probabilities = logits.softmax(dim=0).flatten(1).tolist()
+    target = label.flatten().tolist()
+    dice = cross_entropy = 0.0
+    for k, p in enumerate(probabilities):
+        overlap = sum(p[i] for i in range(len(target)) if target[i] == k)
+        dice += (1 - 2 * overlap / (sum(p) + target.count(k) + 1e-7)) / len(probabilities)
+    for i, k in enumerate(target):
+        weight = 1 - target.count(k) / len(target)
+        cross_entropy -= weight * torch.log(torch.tensor(probabilities[k][i])).item() / len(target)
+    return dice + cross_entropy
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dice_ce_equals_the_explicit_version(shape: tuple[int, ...]):
+    logits, label = random_case(shape)
+    expected = [slow_dice_ce(logits[n], label[n, 0]) for n in range(2)]
+    torch.testing.assert_close(DiceWeightedCELoss()(logits, label), torch.tensor(expected))
+
+
+def test_dice_ce_of_a_class_that_is_not_there():
+    logits, label = random_case((4, 4, 4))
+    label[label == 2] = 1
+    expected = [slow_dice_ce(logits[n], label[n, 0]) for n in range(2)]
+    torch.testing.assert_close(DiceWeightedCELoss()(logits, label), torch.tensor(expected))
+
+
+def test_dice_ce_of_a_perfect_prediction_is_almost_zero():
+    _, label = random_case((4, 4, 4))
+    logits = 50 * F.one_hot(label[:, 0], 3).movedim(-1, 1).float()
+    assert float(DiceWeightedCELoss()(logits, label).max()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dice_ce_gradient(shape: tuple[int, ...]):
+    logits, label = random_case(shape, num_classes=2)
+    logits.requires_grad_()
+    DiceWeightedCELoss()(logits, label).sum().backward()
+    assert logits.grad is not None
+    step = 1e-2 * logits.grad
+    assert DiceWeightedCELoss()(logits - step, label).sum() < DiceWeightedCELoss()(logits, label).sum()
+
+
+@pytest.mark.parametrize("level_decay", [1.0, 0.5])
+def test_segmentation_loss_sums_upsampled_levels(level_decay: float):
+    logits, label = random_case((8, 8, 8))
+    auxiliary = (torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 2, 2, 2))
+    expected = DiceWeightedCELoss()(logits, label)
+    for level, coarse in enumerate(auxiliary, start=1):
+        fine = F.interpolate(coarse, (8, 8, 8), mode="trilinear", align_corners=True)
+        expected = expected + level_decay**level * DiceWeightedCELoss()(fine, label)
+    loss = SegmentationLoss(level_decay=level_decay)(DecoderOutput(logits, auxiliary, logits), label)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_task_loss_adds_the_predictions_of_present_modalities():
+    logits, label = random_case((4, 4, 4))
+    presence = torch.tensor([[True, True], [False, True]])
+    own = [torch.randn(int(count), 3, 4, 4, 4) for count in presence.sum(dim=0)]
+    loss = TaskLoss()
+    total = loss(DistillationOutput(presence, DecoderOutput(logits, (), logits), (None, None), tuple(own)), label)
+    single = DiceWeightedCELoss()
+    fused = single(logits, label)
+    first, second = single(own[0], label[:1]), single(own[1], label)
+    torch.testing.assert_close(total, (fused[0] + first[0] + second[0] + fused[1] + second[1]) / 2)
+    regularisation = loss.terms["loss_regularisation"]
+    assert regularisation.isnan().tolist() == (~presence).tolist()
+    assert float(regularisation[0, 0]) == pytest.approx(float(first[0]))
