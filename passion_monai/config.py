@@ -1,0 +1,27 @@
+"""What bundle configurations need beyond MONAI's language."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+__all__ = ["find_bundle_root"]
+
+
+def find_bundle_root(name: str) -> str:
+    """Absolute path of the bundle `name`, wherever the command is run from.
+
+    MONAI does not tell a configuration where it lies, and its usual default, the working directory, scatters output.
+    Looked at are, in this order: the configuration files named on the command line, the working directory, and in
+    there ``name`` and ``bundles/name``.
+
+    Raises:
+        FileNotFoundError: when none of them is the bundle.
+    """
+    named = [Path(word.strip("[]'\", ")) for argument in sys.argv for word in argument.split(",")]
+    configs = [path.resolve() for path in named if path.suffix in (".yaml", ".yml", ".json")]
+    here = Path.cwd()
+    for folder in [*(path.parent.parent for path in configs), here, here / name, here / "bundles" / name]:
+        if folder.name == name and (folder / "configs" / "metadata.json").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"The folder of the bundle {name} was not found from {here}; give it as --bundle_root.")

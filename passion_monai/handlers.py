@@ -1,0 +1,200 @@
+"""Ignite handlers: the update of beta each epoch, and a log of everything that an epoch did."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import Tensor
+
+from passion_monai.losses import PassionLoss
+from passion_monai.preference import epoch_preference, update_beta
+
+__all__ = ["FileCheckpoint", "PreferenceHandler", "TrainingLog"]
+
+
+class _RunningMean:
+    """Mean over an epoch's samples, and over ranks, that leaves NaN entries out."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
+
+    def update(self, values: Tensor) -> None:
+        """Add `values` [B] or [B, M]; the mean runs over B."""
+        total, count = values.nansum(dim=0).double(), (~values.isnan()).sum(dim=0).double()
+        self.total = total if self.total is None else self.total + total
+        self.count = count if self.count is None else self.count + count
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sum and number of samples of all ranks, after which this is empty again."""
+        if self.total is None or self.count is None:
+            raise RuntimeError("An epoch ended without an iteration; its mean is not defined.")
+        # One collective for both, and always a tensor: all_reduce is typed for floats too.
+        total, count = torch.as_tensor(idist.all_reduce(torch.stack([self.total, self.count])))
+        self.total = self.count = None
+        return total, count
+
+
+class PreferenceHandler:
+    """Updates the loss's beta at the end of each epoch from the epoch's relative preference, Eqs. (12) and (13).
+
+    ``beta_m <- beta_m - gamma * sum_n(relative_preference[n, m]) / sum_n(presence[n, m])``, sums over all ranks. The
+    state of beta is in the loss, and `state_dict` holds the history of beta and of the epochs' preference; put both
+    into the checkpoint and attach this handler before the checkpoint's. The new values are put into
+    ``engine.state.metrics`` as ``relative_preference_<modality>`` and ``beta_<modality>``.
+
+    Args:
+        loss: the loss of the trainer that this is attached to.
+        modalities: names of the M modalities.
+        gamma: updating rate, 0.01 in the paper; 0 leaves beta as it is and still measures the preference.
+
+    Raises:
+        ValueError: when `modalities` does not fit the loss or gamma is negative.
+    """
+
+    def __init__(self, loss: PassionLoss, modalities: Sequence[str], *, gamma: float = 0.01) -> None:
+        if len(modalities) != len(loss.beta):
+            raise ValueError(f"modalities must name the loss's {len(loss.beta)} modalities, got {list(modalities)}.")
+        if gamma < 0:
+            raise ValueError(f"gamma must not be negative, got {gamma}.")
+        self.loss = loss
+        self.modalities = tuple(modalities)
+        self.gamma = gamma
+        self.history: list[dict[str, list[float]]] = []
+        self._preference = _RunningMean()
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer whose loss function is `loss`."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._update)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each epoch's preference was and what beta became, as plain lists."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved history."""
+        self.history = list(state["history"])
+
+    def _accumulate(self) -> None:
+        self._preference.update(self.loss.terms["relative_preference"])
+
+    def _update(self, engine: Engine) -> None:
+        preference = epoch_preference(*self._preference.sums())
+        self.loss.beta.copy_(update_beta(self.loss.beta, preference, self.gamma))
+        values = {"relative_preference": preference.tolist(), "beta": self.loss.beta.tolist()}
+        self.history.append(values)
+        for name, numbers in values.items():
+            engine.state.metrics |= _by_modality(name, numbers, self.modalities)
+
+
+class TrainingLog:
+    """Writes a CSV file with one row per epoch: the loss, its terms per modality, preference, beta and validation.
+
+    Columns are ``epoch``, ``loss``, the entries of the loss's `terms` (``loss_pixel_<modality>``, ...), what handlers
+    before this one put into ``engine.state.metrics``, and the validator's metrics with the prefix ``val_``, empty in
+    epochs without validation. All are put into ``engine.state.metrics`` too, for TensorBoard and MLflow handlers
+    attached after this one. The file is written anew each epoch, so that a resumed run continues it.
+
+    Args:
+        path: the CSV file; its folder is made.
+        loss: the loss of the trainer, with an attribute `terms` (see :class:`passion_monai.losses.PassionLoss`).
+        modalities: names of the M modalities.
+        validator: the evaluator that validates; attach this handler after the one that runs it.
+    """
+
+    def __init__(self, path: str | Path, loss: Any, modalities: Sequence[str], *, validator: Engine) -> None:
+        self.path = Path(path)
+        self.loss = loss
+        self.modalities = tuple(modalities)
+        self.validator = validator
+        self.rows: list[dict[str, float]] = []
+        self._means: dict[str, _RunningMean] = {}
+        self._validated = False
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer whose loss function is `loss`."""
+        self.validator.add_event_handler(Events.COMPLETED, self._note_validation)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows written so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved rows."""
+        self.rows = list(state["rows"])
+
+    def _note_validation(self) -> None:
+        self._validated = True
+
+    def _accumulate(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        loss = output["loss"].detach().reshape(1)
+        for name, values in ({"loss": loss} | self.loss.terms).items():
+            self._means.setdefault(name, _RunningMean()).update(values)
+
+    def _write(self, engine: Engine) -> None:
+        for name, mean in self._means.items():
+            total, count = mean.sums()
+            values = (total / count).tolist()  # NaN where no sample of the epoch had the modality
+            named = _by_modality(name, values, self.modalities) if isinstance(values, list) else {name: values}
+            engine.state.metrics |= named
+        row = {"epoch": engine.state.epoch} | engine.state.metrics
+        if self._validated:
+            row |= {f"val_{name}": float(value) for name, value in self.validator.state.metrics.items()}
+            self._validated = False
+        self.rows.append(row)
+        if idist.get_rank() == 0:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        columns = dict.fromkeys(column for row in self.rows for column in row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".csv.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.path)
+
+
+class _ReplacingSaver(DiskSaver):
+    """Writes to a temporary file and renames it onto the old one, so that a complete one is there at any time."""
+
+    def remove(self, filename: str) -> None:
+        """Leave the old file; the next one takes its name."""
+
+
+class FileCheckpoint(Checkpoint):
+    """Saves to one file at the end of each epoch, or of each epoch with a better metric.
+
+    A single-entry `save_dict` is saved as a bare state dict, which is what a bundle's ``models/model.pt`` is.
+
+    Args:
+        path: the file; its folder is made.
+        save_dict: objects with a `state_dict`.
+        metric: name in ``engine.state.metrics`` of the score to be highest; every epoch counts if None. The best score
+            so far is part of this object's own `state_dict`.
+    """
+
+    def __init__(self, path: str | Path, save_dict: Mapping[str, Any], *, metric: str | None = None) -> None:
+        path = Path(path)
+        saver = _ReplacingSaver(str(path.parent), create_dir=True, require_empty=False)
+        super().__init__(dict(save_dict), saver, filename_pattern=path.name, score_name=metric, n_saved=1)
+
+    def attach(self, engine: Engine) -> None:
+        """Save at the end of the engine's epochs; attach it after the handlers whose state it saves."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+
+def _by_modality(name: str, values: Sequence[float], modalities: Sequence[str]) -> dict[str, float]:
+    return {f"{name}_{modality}": value for modality, value in zip(modalities, values, strict=True)}

@@ -1,0 +1,428 @@
+"""From files of one patient's modalities to a stacked image with its presence, and from a prediction back to a file.
+
+Until the last step each modality is its own key, and a modality that is missing is a missing key: nothing of it can be
+read by accident. Simulated missing modalities are keys removed; cohorts that are really incomplete never had them. In
+the paper's words: IDT masking is fixed before training (:class:`MaskModalitiesd` with the rows of a presence matrix),
+PDT and ModDrop draw anew for each sample and iteration (:class:`RandMaskModalitiesd`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    CropForeground,
+    LoadImage,
+    MapTransform,
+    RandomizableTransform,
+    ResampleToMatch,
+    SpatialCrop,
+    SpatialResample,
+)
+from torch import Tensor
+
+__all__ = [
+    "AlignModalitiesd",
+    "CropToForegroundd",
+    "LabelsToClassesd",
+    "LoadCased",
+    "MaskModalitiesd",
+    "RandMaskModalitiesd",
+    "RestoreClassesd",
+    "SaveSegmentationd",
+    "StackModalitiesd",
+]
+
+Data = Mapping[Hashable, Any]
+
+
+def _present(data: Data, modalities: Sequence[Hashable]) -> list[Hashable]:
+    """The modalities that a case has; an error when it has none."""
+    present = [modality for modality in modalities if modality in data]
+    if not present:
+        names = ", ".join(map(str, modalities))
+        raise ValueError(f"Case {data.get('case')}: none of the modalities {names} is there; at least one is needed.")
+    return present
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without MONAI's metadata."""
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+
+
+class MaskModalitiesd(MapTransform):
+    """Remove the modalities that a case's row of the presence matrix says are missing, before anything is read.
+
+    Args:
+        keys: names of the M modalities, in the order of the row.
+        presence_key: key of the row, M booleans; a case without it keeps all it has. The row is removed.
+
+    Raises:
+        ValueError: when the row does not have M entries or leaves no modality.
+    """
+
+    def __init__(self, keys: Sequence[str], presence_key: str = "presence") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.presence_key = presence_key
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        masked = dict(data)
+        row = masked.pop(self.presence_key, None)
+        if row is None:
+            return masked
+        if len(row) != len(self.keys):
+            raise ValueError(
+                f"Case {data.get('case')}: {self.presence_key} must have {len(self.keys)} entries, one for each of "
+                f"{self.keys}, got {len(row)}."
+            )
+        for key, present in zip(self.keys, row, strict=True):
+            if not present:
+                masked.pop(key, None)
+        _present(masked, self.keys)
+        return masked
+
+
+class RandMaskModalitiesd(RandomizableTransform, MapTransform):
+    """Keep a random non-empty subset of the modalities that a case has, all subsets being equally likely.
+
+    On complete cases this is PDT, on incomplete ones ModDrop. It draws, then calls :class:`MaskModalitiesd`.
+
+    Args:
+        keys: names of the M modalities.
+        prob: probability that a subset is drawn at all.
+    """
+
+    def __init__(self, keys: Sequence[str], prob: float = 1.0) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys=True)
+        RandomizableTransform.__init__(self, prob)
+        self.mask = MaskModalitiesd(keys)
+        self.row: list[bool] = []
+
+    def randomize(self, data: Data) -> None:
+        """Draw which of the case's modalities to keep, as a row of M booleans."""
+        super().randomize(None)
+        present = _present(data, self.keys)
+        # The bits of 1..2^n - 1 run through the non-empty subsets of n modalities.
+        subset = self.R.randint(1, 2 ** len(present)) if self._do_transform else 2 ** len(present) - 1
+        kept = {key for bit, key in enumerate(present) if subset >> bit & 1}
+        self.row = [key in kept for key in self.keys]
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        self.randomize(data)
+        return self.mask({**data, self.mask.presence_key: self.row})
+
+
+class LoadCased(MapTransform):
+    """Read the files of the modalities that a case has, and its label if it has one, as float32 [1, H, W(, D)].
+
+    Also puts ``files`` into the case, the path of each modality that was read.
+
+    Args:
+        keys: names of the M modalities.
+        label_key: key of the label file.
+        spatial_dims: number of axes that a file must have.
+
+    Raises:
+        ValueError: for a case without modality, and for a file that cannot be read, has another number of axes, holds
+            NaN or infinity, or an image that is the same everywhere. The message names case, key and file.
+    """
+
+    def __init__(self, keys: Sequence[str], *, label_key: str = "label", spatial_dims: int = 3) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.label_key = label_key
+        self.spatial_dims = spatial_dims
+        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        loaded = dict(data)
+        present = _present(data, self.keys)
+        for key in present:
+            loaded[key] = self._read(data, key)
+            if loaded[key].min() == loaded[key].max():
+                raise ValueError(
+                    f"{_where(data, key)} is {float(loaded[key].min())} everywhere; give the right file or remove the "
+                    "entry, so that the modality counts as missing."
+                )
+        if self.label_key in data:
+            loaded[self.label_key] = self._read(data, self.label_key)
+        loaded["files"] = {key: str(data[key]) for key in present}
+        return loaded
+
+    def _read(self, data: Data, key: Hashable) -> MetaTensor:
+        try:
+            image: MetaTensor = self.load(data[key])
+        # Readers of several libraries stand behind this, each with errors of its own.
+        except Exception as error:
+            raise ValueError(
+                f"{_where(data, key)} cannot be read ({error}); repair the file, or remove the entry, so that the "
+                "modality counts as missing."
+            ) from error
+        if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1:
+            raise ValueError(
+                f"{_where(data, key)} must have {self.spatial_dims} axes, got shape {tuple(image.shape[1:])} with "
+                f"{image.shape[0]} channel(s)."
+            )
+        if not bool(torch.isfinite(image).all()):
+            raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
+        return image
+
+
+def _where(data: Data, key: Hashable) -> str:
+    """Which file of which case an error is about."""
+    return f"Case {data.get('case')}: {key} file {data[key]}"
+
+
+class AlignModalitiesd(MapTransform):
+    """Make sure that all modalities of a case (and its label) lie on the grid of the first modality present.
+
+    Args:
+        keys: names of the M modalities.
+        label_key: key of the label, which is checked or resampled too where it is given.
+        on_mismatch: "raise" an error, or "resample" to the first modality present, images linearly and the label by
+            nearest neighbour.
+
+    Raises:
+        ValueError: for another grid with "raise"; the message names the case and both grids.
+    """
+
+    def __init__(self, keys: Sequence[str], *, label_key: str | None = None, on_mismatch: str = "raise") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        if on_mismatch not in ("raise", "resample"):
+            raise ValueError(f"on_mismatch must be 'raise' or 'resample', got {on_mismatch!r}.")
+        self.label_key = label_key
+        self.on_mismatch = on_mismatch
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        aligned = dict(data)
+        first, *others = _present(data, self.keys)
+        if self.label_key is not None and self.label_key in data:
+            others.append(self.label_key)
+        for key in others:
+            if not _same_grid(data[first], data[key]):
+                aligned[key] = self._resample(data, key, first)
+        return aligned
+
+    def _resample(self, data: Data, key: Hashable, first: Hashable) -> MetaTensor:
+        if self.on_mismatch == "raise":
+            raise ValueError(
+                f"Case {data.get('case')}: {key} lies on another grid than {first}: {_describe_grid(data[key])} "
+                f"against {_describe_grid(data[first])}. Register and resample them, or set on_mismatch to "
+                "'resample' if they show the same anatomy in world coordinates."
+            )
+        mode = "nearest" if key == self.label_key else "bilinear"
+        resampled: MetaTensor = ResampleToMatch(mode=mode, padding_mode="zeros")(data[key], data[first])  # type: ignore[assignment]
+        return resampled
+
+
+def _same_grid(one: MetaTensor, other: MetaTensor) -> bool:
+    """Same shape and, to a thousandth of a millimetre, same affine."""
+    return one.shape == other.shape and torch.allclose(one.affine.double(), other.affine.double(), rtol=0, atol=1e-3)
+
+
+def _describe_grid(image: MetaTensor) -> str:
+    return f"shape {tuple(image.shape[1:])} affine {np.round(image.affine.numpy(), 3).tolist()}"
+
+
+class CropToForegroundd(MapTransform):
+    """Crop a case to the box around everything that is not 0 in any modality present (the brain, skull-stripped).
+
+    The reference implementation takes the box from all modalities, missing ones included: a leak.
+
+    Args:
+        keys: names of the M modalities.
+
+    Raises:
+        ValueError: when all modalities present are 0 everywhere.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.foreground = CropForeground()
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        cropped = dict(data)
+        present = _present(data, self.keys)
+        union = torch.stack([data[key].as_tensor() != 0 for key in present]).any(dim=0)
+        if not bool(union.any()):
+            raise ValueError(
+                f"Case {data.get('case')}: the images are 0 everywhere, there is no foreground to crop to."
+            )
+        start, end = self.foreground.compute_bounding_box(union)
+        crop = SpatialCrop(roi_start=start, roi_end=end)
+        for key in present:
+            cropped[key] = crop(data[key])
+        return cropped
+
+
+class LabelsToClassesd(MapTransform):
+    """Turn the label values of a file into classes 0..K-1.
+
+    Args:
+        keys: key of the label; a case may lack it.
+        values: file value of each class, background first.
+        values_key: key of values that the case has of its own, which then hold instead (data sets have changed them).
+
+    Raises:
+        ValueError: for a value that is not among them; the message names case and values.
+    """
+
+    def __init__(self, keys: str, *, values: Sequence[int], values_key: str = "label_values") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.values = tuple(values)
+        self.values_key = values_key
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        converted = dict(data)
+        for key in self.key_iterator(converted):
+            label = data[key]
+            values = [int(value) for value in data.get(self.values_key, self.values)]
+            unknown = set(torch.unique(label.as_tensor()).tolist()) - set(values)
+            if unknown:
+                raise ValueError(
+                    f"Case {data.get('case')}: the {key} holds the values {sorted(unknown)}, known are {values}; give "
+                    f"the right values as {self.values_key} of the case."
+                )
+            classes = torch.zeros_like(label, dtype=torch.uint8)
+            for index, value in enumerate(values):
+                classes[label == value] = index
+            converted[key] = classes
+        return converted
+
+
+class StackModalitiesd(MapTransform):
+    """Stack the modalities of a case to ``image`` [M, H, W(, D)] with zeros where missing, and ``presence`` bool [M].
+
+    The image has the grid of the first modality present. The keys of the modalities are removed.
+
+    Args:
+        keys: names of the M modalities, in the order of the channels.
+
+    Raises:
+        ValueError: when the modalities differ in shape.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        stacked = {key: value for key, value in data.items() if key not in self.keys}
+        first, *_ = present = _present(data, self.keys)
+        shapes = {key: tuple(data[key].shape) for key in present}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"Case {data.get('case')}: the modalities differ in shape: {shapes}; align them first.")
+        reference = data[first]
+        channels = [_plain(data[key] if key in data else torch.zeros_like(reference)) for key in self.keys]
+        stacked["image"] = MetaTensor(torch.cat(channels), meta=reference.meta)
+        stacked["presence"] = torch.tensor([key in data for key in self.keys])
+        return stacked
+
+
+class RestoreClassesd(MapTransform):
+    """Turn class probabilities on the network's grid into class maps on the grid that the case came on.
+
+    Probabilities are resampled linearly, then the most likely class is taken; outside the cropped region it is the
+    background.
+
+    Args:
+        keys: key of the probabilities, [K, ...] or [P, K, ...] for P combinations, on the grid of `image_key`.
+        image_key: the image that they were computed from.
+        label_key: where the case has it, the maps get the label's grid; otherwise the original grid of the image.
+
+    Shape:
+        - Output: int16 [1, ...] or [P, ...]; -1 everywhere for a combination whose probabilities are NaN.
+    """
+
+    def __init__(self, keys: str = "pred", *, image_key: str = "image", label_key: str = "label") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.label_key = label_key
+        self.resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        restored = dict(data)
+        image = data[self.image_key]
+        if self.label_key in data:
+            affine, shape = data[self.label_key].affine, data[self.label_key].shape[1:]
+        else:
+            affine, shape = torch.as_tensor(image.meta["original_affine"]), image.meta["spatial_shape"]
+        shape = tuple(int(size) for size in shape)
+        for key in self.key_iterator(restored):
+            single = data[key].ndim == image.ndim
+            maps = [self._restore(p, image.affine, affine, shape) for p in (data[key][None] if single else data[key])]
+            restored[key] = MetaTensor(torch.stack(maps), affine=affine)
+        return restored
+
+    def _restore(self, probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:
+        plain = _plain(probabilities).cpu()
+        if bool(plain.isnan().all()):
+            return torch.full(tuple(shape), -1, dtype=torch.int16)
+        moved = self.resample(MetaTensor(plain, affine=source.cpu()), dst_affine=affine.cpu(), spatial_size=shape)
+        return _plain(moved).argmax(dim=0).to(torch.int16)
+
+
+class SaveSegmentationd(MapTransform):
+    """Write a class map as ``<case>_seg.nii.gz`` with the data set's label values, and ``<case>_seg.json`` beside it.
+
+    The JSON file says which modalities were used, which were missing, from which files, and the volume of each region
+    in millilitres. A file under its final name is complete.
+
+    Args:
+        keys: key of the class map, int [1, H, W, D] with the affine of the file to write.
+        output_dir: folder to write to; it is made.
+        modalities: names of the M modalities.
+        values: file value of each class, background first; a case's ``label_values`` hold instead.
+        regions: classes of each region, for the volumes.
+    """
+
+    def __init__(
+        self,
+        keys: str = "pred",
+        *,
+        output_dir: str | Path,
+        modalities: Sequence[str],
+        values: Sequence[int],
+        regions: Mapping[str, Sequence[int]],
+    ) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.modalities = tuple(modalities)
+        self.values = tuple(values)
+        self.regions = dict(regions)
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            self._save(data, data[key])
+        return dict(data)
+
+    def _save(self, data: Data, prediction: MetaTensor) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        classes = prediction.as_tensor()[0].cpu().numpy()
+        values = np.asarray([int(value) for value in data.get("label_values", self.values)], dtype=np.uint8)
+        image = nib.Nifti1Image(values[classes], prediction.affine.cpu().numpy())
+        image.header.set_xyzt_units("mm")
+        record = self._record(data, classes, float(np.prod(image.header.get_zooms()[:3])), values)
+        stem = f"{data['case']}_seg"
+        # Hidden names until both are written: an interrupted run leaves no half-written file under a final name.
+        nib.save(image, self.output_dir / f".{stem}.nii.gz")
+        (self.output_dir / f".{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for suffix in (".nii.gz", ".json"):
+            (self.output_dir / f".{stem}{suffix}").replace(self.output_dir / f"{stem}{suffix}")
+
+    def _record(self, data: Data, classes: np.ndarray, voxel_volume: float, values: np.ndarray) -> dict[str, Any]:
+        presence = dict(zip(self.modalities, data["presence"].tolist(), strict=True))
+        volumes = {name: np.isin(classes, region).sum() * voxel_volume for name, region in self.regions.items()}
+        return {
+            "case": data["case"],
+            "modalities_used": [name for name, present in presence.items() if present],
+            "modalities_missing": [name for name, present in presence.items() if not present],
+            "files": data["files"],
+            "label_values": values.tolist(),
+            "region_volumes_ml": {name: round(float(volume) / 1000, 3) for name, volume in volumes.items()},
+        }

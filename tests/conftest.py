@@ -1,0 +1,48 @@
+"""Small cases written as NIfTI, for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+MODALITIES = ("a", "b", "c")
+
+
+@pytest.fixture
+def make_case(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Writes one case: a bright box in a zero background, one file per modality and a label."""
+
+    def make(
+        name: str = "case1",
+        modalities: tuple[str, ...] = MODALITIES,
+        *,
+        shape: tuple[int, ...] = (12, 14, 10),
+        spacing: float = 1.0,
+        label: bool = True,
+    ) -> dict[str, Any]:
+        folder = tmp_path / name
+        folder.mkdir()
+        affine = np.diag([-spacing, -spacing, spacing, 1.0])
+        affine[:3, 3] = 5.0, -3.0, 2.0
+        rng = np.random.default_rng(len(name))
+        inside = np.zeros(shape, dtype=bool)
+        inside[2:-1, 3:-3, 1:-2] = True
+        case: dict[str, Any] = {"case": name}
+        for index, modality in enumerate(modalities):
+            image = np.where(inside, 100 * (index + 1) + rng.normal(0, 10, shape), 0).astype(np.float32)
+            case[modality] = str(folder / f"{modality}.nii.gz")
+            nib.save(nib.Nifti1Image(image, affine), case[modality])
+        if label:
+            classes = np.zeros(shape, dtype=np.uint8)
+            classes[4:8, 5:9, 3:6] = 2
+            classes[5:7, 6:8, 4:5] = 4
+            case["label"] = str(folder / "label.nii.gz")
+            nib.save(nib.Nifti1Image(classes, affine), case["label"])
+        return case
+
+    return make

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from passion_monai.handlers import FileCheckpoint, PreferenceHandler, TrainingLog
+from passion_monai.losses import PassionLoss
+
+MODALITIES = ("a", "b", "c")
+NAN = math.nan
+# Relative preference of three iterations with two samples each; NaN where the modality is absent.
+PREFERENCES = [[[0.4, -0.4, NAN], [0.0, NAN, NAN]], [[NAN, 0.1, -0.1], [-0.3, 0.1, 0.2]], [[0.5, NAN, -0.5], [NAN] * 3]]
+
+
+def train(loss: PassionLoss, handlers: list[object], epochs: int = 1) -> Engine:
+    """An engine that leaves in the loss what a training step would."""
+
+    def step(_: Engine, preference: list[list[float]]) -> dict[str, torch.Tensor]:
+        values = torch.tensor(preference)
+        loss.terms = {"loss_segmentation": torch.tensor([1.0, 3.0]), "relative_preference": values}
+        return {"loss": torch.tensor(2.0)}
+
+    engine = Engine(step)
+    for handler in handlers:
+        handler.attach(engine)
+    engine.run(PREFERENCES, max_epochs=epochs)
+    return engine
+
+
+def mean_preference() -> list[float]:
+    """Eq. (12), modality by modality."""
+    means = []
+    for m in range(3):
+        values = [row[m] for batch in PREFERENCES for row in batch if not math.isnan(row[m])]
+        means.append(sum(values) / len(values))
+    return means
+
+
+class TestPreferenceHandler:
+    def test_beta_after_an_epoch_is_equation_13(self):
+        loss = PassionLoss(3, 2, initial_beta=[1.0, 2.0, 5.0])
+        engine = train(loss, [PreferenceHandler(loss, MODALITIES, gamma=0.1)])
+        expected = [b - 0.1 * p for b, p in zip([1.0, 2.0, 5.0], mean_preference(), strict=True)]
+        assert loss.beta.tolist() == pytest.approx(expected)
+        assert engine.state.metrics["beta_c"] == pytest.approx(expected[2])
+        assert engine.state.metrics["relative_preference_b"] == pytest.approx(mean_preference()[1])
+
+    def test_each_epoch_starts_from_nothing(self):
+        loss = PassionLoss(3, 2)
+        handler = PreferenceHandler(loss, MODALITIES, gamma=0.1)
+        train(loss, [handler], epochs=3)
+        assert loss.beta.tolist() == pytest.approx([1 - 0.3 * p for p in mean_preference()])
+        assert [row["relative_preference"] for row in handler.history] == [pytest.approx(mean_preference())] * 3
+
+    def test_gamma_zero_only_measures(self):
+        loss = PassionLoss(3, 2, initial_beta=[1.0, 2.0, 5.0])
+        handler = PreferenceHandler(loss, MODALITIES, gamma=0.0)
+        train(loss, [handler])
+        assert loss.beta.tolist() == [1.0, 2.0, 5.0]
+        assert handler.history[0]["relative_preference"] == pytest.approx(mean_preference())
+
+    def test_the_state_survives_a_checkpoint(self, tmp_path: Path):
+        loss = PassionLoss(3, 2)
+        handler = PreferenceHandler(loss, MODALITIES)
+        train(loss, [handler], epochs=2)
+        torch.save({"loss": loss.state_dict(), "handler": handler.state_dict()}, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        resumed_loss = PassionLoss(3, 2)
+        resumed = PreferenceHandler(resumed_loss, MODALITIES)
+        resumed_loss.load_state_dict(state["loss"])
+        resumed.load_state_dict(state["handler"])
+        for loss_, handler_ in ((loss, handler), (resumed_loss, resumed)):
+            train(loss_, [handler_])
+        assert torch.equal(resumed_loss.beta, loss.beta)
+        assert resumed.history == handler.history
+
+    def test_refuses_arguments_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="modalities must name the loss's 3 modalities"):
+            PreferenceHandler(PassionLoss(3, 2), ("a", "b"))
+        with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
+            PreferenceHandler(PassionLoss(3, 2), MODALITIES, gamma=-1)
+
+
+class TestTrainingLog:
+    def run(self, tmp_path: Path, epochs: int = 2) -> tuple[TrainingLog, list[dict[str, str]]]:
+        loss = PassionLoss(3, 2)
+        validator = Engine(lambda _, __: None)
+
+        def validate(engine: Engine) -> None:
+            validator.state.metrics["mean_dice"] = 0.25 * engine.state.epoch
+            validator.run([0])
+
+        log = TrainingLog(tmp_path / "logs" / "training.csv", loss, MODALITIES, validator=validator)
+
+        class Validation:
+            def attach(self, engine: Engine) -> None:
+                engine.add_event_handler(Events.EPOCH_COMPLETED(every=2), validate)
+
+        train(loss, [Validation(), PreferenceHandler(loss, MODALITIES), log], epochs)
+        with log.path.open(newline="") as file:
+            return log, list(csv.DictReader(file))
+
+    def test_one_row_per_epoch(self, tmp_path: Path):
+        _, rows = self.run(tmp_path)
+        assert [row["epoch"] for row in rows] == ["1", "2"]
+        assert float(rows[0]["loss"]) == 2
+        assert float(rows[0]["loss_segmentation"]) == 2
+        assert float(rows[1]["relative_preference_a"]) == pytest.approx(mean_preference()[0])
+        assert float(rows[1]["beta_a"]) == pytest.approx(1 - 0.02 * mean_preference()[0])
+
+    def test_validation_only_where_there_was_one(self, tmp_path: Path):
+        _, rows = self.run(tmp_path, epochs=4)
+        assert [row["val_mean_dice"] for row in rows] == ["", "0.5", "", "1.0"]
+
+    def test_a_resumed_run_continues_the_file(self, tmp_path: Path):
+        log, rows = self.run(tmp_path)
+        resumed = TrainingLog(log.path, log.loss, MODALITIES, validator=Engine(lambda _, __: None))
+        resumed.load_state_dict(log.state_dict())
+        train(log.loss, [resumed])
+        with log.path.open(newline="") as file:
+            continued = list(csv.DictReader(file))
+        assert continued[:2] == rows
+        assert len(continued) == 3
+
+
+class TestFileCheckpoint:
+    def test_best_keeps_the_best(self, tmp_path: Path):
+        layer = nn.Linear(1, 1, bias=False)
+        engine = Engine(lambda _, __: None)
+        scores = iter([0.2, 0.5, 0.1])
+
+        @engine.on(Events.EPOCH_COMPLETED)
+        def score() -> None:
+            engine.state.metrics["dice"] = value = next(scores)
+            nn.init.constant_(layer.weight, value)
+
+        FileCheckpoint(tmp_path / "models" / "model.pt", {"model": layer}, metric="dice").attach(engine)
+        engine.run([0], max_epochs=3)
+        state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+        assert float(state["weight"]) == pytest.approx(0.5)
+        assert [path.name for path in (tmp_path / "models").iterdir()] == ["model.pt"]
+
+    def test_the_best_score_is_remembered_by_a_resumed_run(self, tmp_path: Path):
+        layer = nn.Linear(1, 1)
+        checkpoint = FileCheckpoint(tmp_path / "model.pt", {"model": layer}, metric="dice")
+        engine = Engine(lambda _, __: None)
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: engine.state.metrics.update(dice=0.9))
+        checkpoint.attach(engine)
+        engine.run([0])
+        before = (tmp_path / "model.pt").read_bytes()
+        resumed = FileCheckpoint(tmp_path / "model.pt", {"model": nn.Linear(1, 1)}, metric="dice")
+        resumed.load_state_dict(checkpoint.state_dict())
+        worse = Engine(lambda _, __: None)
+        worse.add_event_handler(Events.EPOCH_STARTED, lambda: worse.state.metrics.update(dice=0.3))
+        resumed.attach(worse)
+        worse.run([0])
+        assert (tmp_path / "model.pt").read_bytes() == before
+
+    def test_last_is_there_at_any_moment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        path = tmp_path / "last.pt"
+        checkpoint = FileCheckpoint(path, {"model": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
+        engine = Engine(lambda _, __: None)
+        checkpoint.attach(engine)
+        engine.run([0])
+        first = path.read_bytes()
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="No space left"):
+            engine.run([0], max_epochs=2)
+        assert path.read_bytes() == first
+        assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from passion_monai.inferers import CombinationInferer, PresenceInferer
+from passion_monai.networks import MMFormer
+from passion_monai.presence import combinations
+
+WINDOWS = {"roi_size": (32, 32), "overlap": 0.5}
+
+
+@pytest.fixture(scope="module")
+def network() -> MMFormer:
+    torch.manual_seed(0)
+    return MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8).eval().double()
+
+
+def volumes(batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, 50, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def slow_probabilities(network: MMFormer, image: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
+    """Softmax of windows of 32 at every 16 voxels and at the end, averaged voxel by voxel."""
+    total = torch.zeros(1, 3, 50, 40, dtype=torch.float64)
+    count = torch.zeros(1, 1, 50, 40, dtype=torch.float64)
+    for x in (0, 16, 18):
+        for y in (0, 8):
+            window = (slice(None), slice(None), slice(x, x + 32), slice(y, y + 32))
+            total[window] += network(image[window], presence).float().softmax(dim=1)
+            count[window] += 1
+    return total / count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sw_batch_size", [1, 4])
+def test_presence_goes_with_all_windows_of_its_volume(network: MMFormer, sw_batch_size: int):
+    image, presence = volumes(2), torch.tensor([[True, False, True], [False, True, False]])
+    result = PresenceInferer(sw_batch_size=sw_batch_size, **WINDOWS)(image, network, presence)
+    for n in range(2):
+        expected = slow_probabilities(network, image[n : n + 1], presence[n : n + 1])
+        torch.testing.assert_close(result[n : n + 1], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_every_combination_equals_its_own_inference(network: MMFormer):
+    image, presence = volumes(), torch.ones(1, 3, dtype=torch.bool)
+    result = CombinationInferer(num_modalities=3, sw_batch_size=4, **WINDOWS)(image, network, presence)
+    assert result.shape == (1, 7, 3, 50, 40)
+    for index, combination in enumerate(torch.from_numpy(combinations(3))):
+        expected = slow_probabilities(network, image, combination[None])
+        torch.testing.assert_close(result[:, index], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_combinations_with_a_missing_modality_are_nan(network: MMFormer):
+    image, presence = volumes(), torch.tensor([[True, False, True]])
+    image[:, 1] = torch.nan
+    result = CombinationInferer(num_modalities=3, **WINDOWS)(image, network, presence)
+    needs_the_missing = torch.from_numpy(combinations(3))[:, 1]
+    assert result[0].isnan().flatten(1).all(dim=1).tolist() == needs_the_missing.tolist()
+    assert result[0].isnan().flatten(1).any(dim=1).tolist() == needs_the_missing.tolist()
+
+
+@torch.no_grad()
+def test_windows_are_encoded_once(network: MMFormer, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda *args: calls.append(1) or encode(*args))
+    CombinationInferer(num_modalities=3, **WINDOWS)(volumes(), network, torch.ones(1, 3, dtype=torch.bool))
+    assert len(calls) == 6
+
+
+def test_a_volume_smaller_than_the_window_keeps_its_size(network: MMFormer):
+    with torch.no_grad():
+        result = PresenceInferer(**WINDOWS)(volumes()[..., :20, :25], network, torch.ones(1, 3, dtype=torch.bool))
+    assert result.shape == (1, 3, 20, 25)
+    torch.testing.assert_close(result.sum(dim=1), torch.ones(1, 20, 25, dtype=torch.float64))

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, NormalizeIntensityd, Orientationd, Spacingd
+
+from passion_monai.transforms import (
+    AlignModalitiesd,
+    CropToForegroundd,
+    LabelsToClassesd,
+    LoadCased,
+    MaskModalitiesd,
+    RandMaskModalitiesd,
+    RestoreClassesd,
+    SaveSegmentationd,
+    StackModalitiesd,
+)
+
+MODALITIES = ("a", "b", "c")
+VALUES = (0, 2, 4)
+MakeCase = Callable[..., dict[str, Any]]
+
+
+def pipeline(spacing: float = 1.0) -> Compose:
+    """The preprocessing of the bundles."""
+    return Compose(
+        [
+            MaskModalitiesd(MODALITIES),
+            LoadCased(MODALITIES),
+            AlignModalitiesd(MODALITIES, label_key="label"),
+            LabelsToClassesd("label", values=VALUES),
+            Orientationd(MODALITIES, axcodes="RAS", labels=None, allow_missing_keys=True),
+            Spacingd(MODALITIES, pixdim=[spacing] * 3, allow_missing_keys=True),
+            CropToForegroundd(MODALITIES),
+            NormalizeIntensityd(MODALITIES, nonzero=True, allow_missing_keys=True),
+            StackModalitiesd(MODALITIES),
+        ]
+    )
+
+
+def rewrite(path: str, change: Callable[[np.ndarray], np.ndarray], *, affine: np.ndarray | None = None) -> None:
+    image = nib.load(path)
+    changed = change(np.asarray(image.dataobj, dtype=np.float32))
+    nib.save(nib.Nifti1Image(changed, image.affine if affine is None else affine), path)
+
+
+class TestMaskModalitiesd:
+    def test_removes_what_the_row_says(self):
+        data = {"case": "x", "a": "1", "b": "2", "c": "3", "presence": [True, False, True]}
+        assert MaskModalitiesd(MODALITIES)(data) == {"case": "x", "a": "1", "c": "3"}
+
+    def test_keeps_all_without_a_row(self):
+        assert MaskModalitiesd(MODALITIES)({"a": "1", "c": "3"}) == {"a": "1", "c": "3"}
+
+    def test_refuses_a_row_of_another_length(self):
+        with pytest.raises(ValueError, match="Case x: presence must have 3 entries"):
+            MaskModalitiesd(MODALITIES)({"case": "x", "a": "1", "presence": [True]})
+
+    def test_refuses_to_leave_nothing(self):
+        with pytest.raises(ValueError, match="Case x: none of the modalities a, b, c"):
+            MaskModalitiesd(MODALITIES)({"case": "x", "a": "1", "b": "2", "presence": [False, False, True]})
+
+
+class TestRandMaskModalitiesd:
+    def test_draws_every_subset_equally_often(self):
+        transform = RandMaskModalitiesd(MODALITIES).set_random_state(0)
+        counts: dict[str, int] = {}
+        for _ in range(3000):
+            kept = "".join(transform({"a": 1, "c": 3}))
+            counts[kept] = counts.get(kept, 0) + 1
+        assert set(counts) == {"a", "c", "ac"}
+        assert all(abs(count - 1000) < 120 for count in counts.values())
+
+    def test_prob_zero_keeps_all(self):
+        transform = RandMaskModalitiesd(MODALITIES, prob=0.0).set_random_state(0)
+        assert all(transform({"a": 1, "c": 3}) == {"a": 1, "c": 3} for _ in range(20))
+
+    def test_calls_its_deterministic_twin(self):
+        transform = RandMaskModalitiesd(MODALITIES).set_random_state(1)
+        data = {"a": 1, "b": 2, "c": 3}
+        result = transform(data)
+        assert result == MaskModalitiesd(MODALITIES)({**data, "presence": transform.row})
+
+    def test_is_seeded(self):
+        rows = []
+        for _ in range(2):
+            transform = RandMaskModalitiesd(MODALITIES).set_random_state(7)
+            rows.append([tuple(transform({"a": 1, "b": 2, "c": 3})) for _ in range(10)])
+        assert rows[0] == rows[1]
+
+
+class TestPipeline:
+    def test_stacks_with_zeros_where_missing(self, make_case: MakeCase):
+        result = pipeline()(make_case(modalities=("a", "c")))
+        assert result["image"].shape == (3, 9, 8, 7)
+        assert result["presence"].tolist() == [True, False, True]
+        assert float(result["image"][1].abs().max()) == 0
+        assert set(result["label"].unique().tolist()) == {0, 1, 2}
+
+    def test_normalises_each_modality_inside_the_foreground(self, make_case: MakeCase):
+        image = pipeline()(make_case())["image"].as_tensor()
+        for channel in image:
+            assert float(channel.mean()) == pytest.approx(0, abs=1e-5)
+            assert float(channel.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+    @pytest.mark.parametrize("how", ["removed", "garbage", "changed"])
+    def test_a_masked_modality_has_no_influence(self, make_case: MakeCase, how: str):
+        case = make_case() | {"presence": [True, False, True]}
+        before = pipeline()(case)
+        path = Path(case["b"])
+        if how == "removed":
+            path.unlink()
+        elif how == "garbage":
+            path.write_bytes(b"not an image")
+        else:
+            rewrite(case["b"], lambda image: np.full_like(image, 7) + np.arange(image.shape[0])[:, None, None])
+        after = pipeline()(case)
+        assert torch.equal(before["image"].as_tensor(), after["image"].as_tensor())
+        assert torch.equal(before["label"].as_tensor(), after["label"].as_tensor())
+
+    def test_a_missing_key_equals_a_masked_one(self, make_case: MakeCase):
+        case = make_case()
+        masked = pipeline()(case | {"presence": [False, True, True]})
+        del case["a"]
+        assert torch.equal(masked["image"].as_tensor(), pipeline()(case)["image"].as_tensor())
+
+    def test_the_crop_is_the_union_of_the_modalities_present(self, make_case: MakeCase):
+        case = make_case()
+        rewrite(case["b"], lambda image: np.pad(image[:, :, 1:], ((0, 0), (0, 0), (0, 1)), constant_values=5))
+        assert pipeline()(case)["image"].shape == (3, 12, 14, 10)
+        assert pipeline()(case | {"presence": [True, False, True]})["image"].shape == (3, 9, 8, 7)
+
+
+BAD_FILES = [
+    (lambda path: Path(path).write_bytes(b"\x1f\x8b broken"), "b file .*b.nii.gz cannot be read"),
+    (lambda path: Path(path).write_bytes(Path(path).read_bytes()[:200]), "cannot be read"),
+    (lambda path: Path(path).unlink(), "cannot be read"),
+    (lambda path: rewrite(path, lambda image: image[..., 0]), "must have 3 axes, got shape"),
+    (lambda path: rewrite(path, lambda image: np.where(image > 100, np.nan, image)), "holds NaN or infinite values"),
+    (lambda path: rewrite(path, np.zeros_like), "is 0.0 everywhere"),
+    (lambda path: rewrite(path, lambda image: image[1:]), "b lies on another grid than a"),
+    (lambda path: rewrite(path, lambda image: image, affine=np.eye(4)), "b lies on another grid than a"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_FILES)
+def test_bad_files_are_named(make_case: MakeCase, spoil: Callable[[str], None], message: str):
+    case = make_case()
+    spoil(case["b"])
+    with pytest.raises(RuntimeError) as error:  # MONAI's Compose wraps what its transforms raise
+        pipeline()(case)
+    assert isinstance(error.value.__cause__, ValueError)
+    assert "Case case1" in str(error.value.__cause__)
+    with pytest.raises(ValueError, match=message):
+        raise error.value.__cause__
+
+
+def test_an_unknown_label_value_is_named(make_case: MakeCase):
+    case = make_case()
+    rewrite(case["label"], lambda label: np.where(label == 4, 3, label))
+    with pytest.raises(ValueError, match=r"Case case1: the label holds the values \[3.0\], known are \[0, 2, 4\]"):
+        LabelsToClassesd("label", values=VALUES)(LoadCased(MODALITIES)(case))
+
+
+def test_a_case_may_bring_its_own_label_values(make_case: MakeCase):
+    case = make_case() | {"label_values": [0, 4, 2]}
+    label = LabelsToClassesd("label", values=VALUES)(LoadCased(MODALITIES)(case))["label"]
+    assert int(label[0, 5, 6, 4]) == 1
+    assert int(label[0, 4, 5, 3]) == 2
+
+
+class TestAlignModalitiesd:
+    def test_resamples_to_the_first_modality_present(self, make_case: MakeCase):
+        case = make_case()
+        image = nib.load(case["b"])
+        original = np.asarray(image.dataobj)
+        shifted = image.affine.copy()
+        shifted[:3, 3] += image.affine[:3, :3] @ [0, 0, 1]
+        rewrite(case["b"], lambda values: values[:, :, 1:], affine=shifted)  # one slice less, the same anatomy
+        aligned = AlignModalitiesd(MODALITIES, on_mismatch="resample")(LoadCased(MODALITIES)(case))
+        assert aligned["b"].shape == aligned["a"].shape
+        np.testing.assert_allclose(aligned["b"][0, :, :, 1:].numpy(), original[:, :, 1:], rtol=1e-3, atol=0.1)
+
+    def test_checks_its_argument(self):
+        with pytest.raises(ValueError, match="on_mismatch must be"):
+            AlignModalitiesd(MODALITIES, on_mismatch="ignore")
+
+
+def one_hot_probabilities(label: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(label[0] == k).float() for k in range(3)])
+
+
+class TestRestoreClassesd:
+    def restore(self, case: dict[str, Any], spacing: float = 1.0) -> tuple[dict[Any, Any], torch.Tensor]:
+        """A perfect prediction on the network's grid, restored; and the label on the grid of the file."""
+        data = pipeline(spacing)(case)
+        on_grid = AlignModalitiesd(["image"], label_key="label", on_mismatch="resample")
+        moved = on_grid(data | {"image": data["image"][:1]})["label"]
+        probabilities = one_hot_probabilities(moved)
+        result = RestoreClassesd()(data | {"pred": torch.stack([probabilities, probabilities.flip(0)])})
+        return result, data["label"]
+
+    def test_a_perfect_prediction_comes_back_exactly(self, make_case: MakeCase):
+        result, label = self.restore(make_case())
+        assert result["pred"].shape == (2, 12, 14, 10)
+        assert torch.equal(result["pred"][0].as_tensor(), label[0].as_tensor().to(torch.int16))
+        torch.testing.assert_close(result["pred"].affine, label.affine)
+
+    def test_without_a_label_the_image_gives_the_grid(self, make_case: MakeCase):
+        case = make_case(label=False)
+        data = pipeline()(case)
+        result = RestoreClassesd()(data | {"pred": torch.zeros(3, *data["image"].shape[1:])})
+        assert result["pred"].shape == (1, 12, 14, 10)
+        np.testing.assert_allclose(result["pred"].affine.numpy(), nib.load(case["a"]).affine)
+
+    def test_from_another_spacing_it_comes_back_almost(self, make_case: MakeCase):
+        result, label = self.restore(make_case(shape=(24, 24, 24), spacing=1.0), spacing=0.5)
+        assert float((result["pred"][0].as_tensor() == label[0].as_tensor()).float().mean()) > 0.99
+
+    def test_unavailable_combinations_are_marked(self, make_case: MakeCase):
+        data = pipeline()(make_case())
+        probabilities = torch.full((2, 3, *data["image"].shape[1:]), torch.nan)
+        probabilities[1] = 0
+        result = RestoreClassesd()(data | {"pred": probabilities})["pred"]
+        assert result[0].unique().tolist() == [-1]
+        assert result[1].unique().tolist() == [0]
+
+
+class TestSaveSegmentationd:
+    def save(self, case: dict[str, Any], folder: Path) -> None:
+        data = pipeline()(case)
+        data = RestoreClassesd()(data | {"pred": one_hot_probabilities(data["image"][:1].round().clamp(0, 2))})
+        regions = {"whole": (1, 2), "core": (2,)}
+        SaveSegmentationd(output_dir=folder, modalities=MODALITIES, values=VALUES, regions=regions)(data)
+
+    def test_writes_label_values_on_the_grid_of_the_input(self, make_case: MakeCase, tmp_path: Path):
+        case = make_case(modalities=("b", "c"), spacing=2.0)
+        self.save(case, tmp_path / "out")
+        written, source = nib.load(tmp_path / "out" / "case1_seg.nii.gz"), nib.load(case["b"])
+        np.testing.assert_allclose(written.affine, source.affine)
+        assert written.shape == source.shape
+        assert written.get_data_dtype() == np.uint8
+        assert set(np.unique(written.dataobj)) <= set(VALUES)
+
+    def test_says_which_modalities_were_used(self, make_case: MakeCase, tmp_path: Path):
+        case = make_case(modalities=("b", "c"), spacing=2.0)
+        self.save(case, tmp_path / "out")
+        record = json.loads((tmp_path / "out" / "case1_seg.json").read_text())
+        assert record["modalities_used"] == ["b", "c"]
+        assert record["modalities_missing"] == ["a"]
+        assert record["files"] == {"b": case["b"], "c": case["c"]}
+        written = np.asarray(nib.load(tmp_path / "out" / "case1_seg.nii.gz").dataobj)
+        assert record["region_volumes_ml"]["whole"] == pytest.approx((written > 0).sum() * 8 / 1000, abs=1e-3)
+        assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_stacking_refuses_different_shapes():
+    data = {"case": "x", "a": MetaTensor(torch.ones(1, 2, 2, 2)), "b": MetaTensor(torch.ones(1, 2, 2, 3))}
+    with pytest.raises(ValueError, match="Case x: the modalities differ in shape"):
+        StackModalitiesd(MODALITIES)(data)
