@@ -1,0 +1,279 @@
+"""Figures of a training run and of its scores. ``python -m passion_monai.evaluation.figures RUN_DIR`` draws both."""
+
+from __future__ import annotations
+
+import argparse
+import graphlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike, NDArray
+
+from passion_monai.evaluation.tables import read_scores
+from passion_monai.presence import parse_combination
+
+__all__ = ["main", "plot_combinations", "plot_overlay", "plot_training"]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. https://jfly.uni-koeln.de/color/
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_OUTLINE = "#F0E442"
+_GREY, _LIGHT_GREY = "0.45", "0.9"
+_MARKERS = "os^Dv"
+_PREFERENCE = "relative_preference_"
+_VOLUME_NDIM = 3
+_DPI = 150
+_FEW_EPOCHS = 30
+
+
+def plot_training(training_csv: str | Path) -> Figure:
+    """Loss, relative preference, beta and validation Dice over the epochs.
+
+    Args:
+        training_csv: the log that :class:`passion_monai.handlers.TrainingLog` wrote.
+
+    Raises:
+        ValueError: when the log is not one, or has no epoch.
+    """
+    log = pd.read_csv(training_csv)
+    modalities = [column.removeprefix(_PREFERENCE) for column in map(str, log) if column.startswith(_PREFERENCE)]
+    required = ("epoch", "loss", "loss_segmentation")
+    if not {*required} <= {*log} or log.empty or not modalities:
+        raise ValueError(
+            f"{training_csv}: a training log has the columns {required} and {_PREFERENCE}<modality> and "
+            f"a row per epoch, got {len(log)} rows of {list(log)}."
+        )
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _plot_losses(axes[0, 0], log, modalities)
+    _plot_by_modality(axes[0, 1], log, modalities, column=_PREFERENCE)
+    axes[0, 1].axhline(0, color=_GREY, linewidth=1, zorder=1)
+    axes[0, 1].set(title="Relative preference", ylabel="relative preference\n(below 0: neglected)")
+    _plot_by_modality(axes[1, 0], log, modalities, column="beta_")
+    axes[1, 0].set(title="Weight of each modality", ylabel="beta")
+    _plot_validation(axes[1, 1], log)
+    for ax in axes.flat:
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        _clean(ax)
+    handles = [Line2D([], [], color=_colour(index), label=modality) for index, modality in enumerate(modalities)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, title="modality")
+    return figure
+
+
+def plot_combinations(scores: pd.DataFrame) -> Figure:
+    """Dice of each region for each modality combination; filled circles under the axis say which modalities are given.
+
+    Args:
+        scores: rows with the columns of :data:`passion_monai.evaluation.tables.SCORE_COLUMNS`.
+
+    Raises:
+        ValueError: when there are no scores.
+    """
+    if scores.empty:
+        raise ValueError("scores must have at least one row, got none.")
+    modalities = _modality_order(scores["combination"].unique())
+    presence = {name: parse_combination(name, modalities) for name in scores["combination"].unique()}
+    # As in passion_monai.presence.combinations: fewer modalities first, then in the order of the modalities.
+    names = sorted(presence, key=lambda name: (presence[name].sum(), *~presence[name]))
+    figure = Figure(figsize=(2.6 + 0.6 * len(names), 4.2 + 0.3 * len(modalities)), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4.2, 0.3 * len(modalities) + 0.15])
+    _plot_dice(upper, scores, names)
+    _plot_circles(lower, np.stack([presence[name] for name in names]), modalities)
+    return figure
+
+
+def plot_overlay(
+    images: Mapping[str, ArrayLike | None],
+    presence: Sequence[bool],
+    label: ArrayLike,
+    *,
+    prediction: ArrayLike,
+    spacing: Sequence[float],
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """One slice of a case: what the network was given, the label and the prediction.
+
+    Label and prediction lie over the first modality present. The slice is the one along the last axis with the most
+    label (with the most prediction, if the label is empty).
+
+    Args:
+        images: volume [H, W, D] of each of the M modalities by name; that of an absent modality is not looked at.
+        presence: M booleans in the order of `images`.
+        label: class map [H, W, D].
+        prediction: class map [H, W, D].
+        spacing: size of a voxel along each axis, in mm.
+        class_names: name of each class for the legend, background first; by default "class 1" and so on.
+
+    Raises:
+        ValueError: when no modality is present, or shapes or the number of entries do not fit.
+    """
+    maps = {"label": np.asarray(label), "prediction": np.asarray(prediction)}
+    volumes = {name: np.asarray(images[name]) for name, there in zip(images, presence, strict=True) if there}
+    _check_overlay(volumes, maps, spacing)
+    counted = maps["label"] if maps["label"].any() else maps["prediction"]
+    index = int(np.count_nonzero(counted, axis=(0, 1)).argmax())
+    slices = {name: volume[:, :, index].T for name, volume in (volumes | maps).items()}
+
+    columns = [*images, *maps]
+    figure = Figure(figsize=(2.2 * len(columns), 3.2), layout="constrained")
+    for ax, name in zip(figure.subplots(1, len(columns)), columns, strict=True):
+        ax.set(title=name, xticks=[], yticks=[])
+        background = slices.get(next(iter(volumes)) if name in maps else name)
+        _plot_image(ax, background, slices["label"].shape, aspect=spacing[1] / spacing[0])
+        if name in maps:
+            _plot_classes(ax, slices[name])
+        if name == "prediction":
+            _plot_outline(ax, slices["label"])
+    classes = [int(k) for k in np.unique([slices[name] for name in maps]) if k > 0]
+    names = {k: class_names[k] if class_names else f"class {k}" for k in classes}
+    handles: list[Artist] = [Patch(color=_colour(k - 1), label=name) for k, name in names.items()]
+    handles.append(Line2D([], [], color=_OUTLINE, label="outline of the label"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None:
+    ax.plot(log["epoch"], log["loss"], color="black", label="total", **_style(log))
+    ax.plot(log["epoch"], log["loss_segmentation"], color=_GREY, label="segmentation", **_style(log))
+    _plot_by_modality(ax, log, modalities, column="loss_pixel_", linestyle="--")
+    ax.set_yscale("log", nonpositive="mask")
+    ax.set(title="Loss", ylabel="loss, mean of the epoch")
+    ax.plot([], [], "--", color=_GREY, label="pixel distillation of a modality")
+    ax.legend(fontsize="small")
+
+
+def _plot_by_modality(
+    ax: Axes, log: pd.DataFrame, modalities: Sequence[str], *, column: str, linestyle: str = "-"
+) -> None:
+    for index, modality in enumerate(modalities):
+        if column + modality not in log:  # without the preference handler there is no beta, for example
+            continue
+        ax.plot(log["epoch"], log[column + modality], linestyle, color=_colour(index), **_style(log))
+
+
+def _style(log: pd.DataFrame) -> dict[str, Any]:
+    """Markers in a short log: a line through one epoch would not be seen."""
+    return {"marker": "o", "markersize": 4} if len(log) <= _FEW_EPOCHS else {}
+
+
+def _plot_validation(ax: Axes, log: pd.DataFrame) -> None:
+    ax.set(title="Validation", ylabel="mean Dice of all combinations [%]")
+    validated = log.dropna(subset="val_mean_dice") if "val_mean_dice" in log else log[:0]
+    if validated.empty:
+        ax.text(0.5, 0.5, "no validation yet", transform=ax.transAxes, ha="center", color=_GREY)
+        return
+    ax.plot(validated["epoch"], 100 * validated["val_mean_dice"], "o-", color="black", markersize=4)
+    ax.set_ylim(0, 100)
+
+
+def _plot_dice(ax: Axes, scores: pd.DataFrame, names: Sequence[str]) -> None:
+    regions = list(dict.fromkeys(scores["region"]))
+    for index, region in enumerate(regions):
+        groups = (100 * scores["dice"][scores["region"] == region]).groupby(scores["combination"])
+        middle, low, high = (
+            values.reindex(names) for values in (groups.mean(), groups.quantile(0.25), groups.quantile(0.75))
+        )
+        x = np.arange(len(names)) + 0.2 * (index - (len(regions) - 1) / 2)
+        marker = _MARKERS[index % len(_MARKERS)]
+        ax.vlines(x, low, high, color=_colour(index), alpha=0.5, linewidth=2)
+        ax.plot(x, middle, marker, color=_colour(index), markersize=6, label=region)
+    ax.set(ylim=(0, 102), ylabel="Dice [%]", title="Dice per modality combination: mean and middle half of the cases")
+    ax.legend(title="region", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    ax.tick_params(axis="x", length=0)
+    _clean(ax)
+
+
+def _plot_circles(ax: Axes, presence: NDArray[np.bool_], modalities: Sequence[str]) -> None:
+    for mask, face in ((presence, "0.15"), (~presence, "white")):
+        x, y = np.nonzero(mask)
+        ax.scatter(x, y, s=70, facecolor=face, edgecolor="0.15", linewidth=1)
+    ax.set(xticks=[], yticks=range(len(modalities)), yticklabels=modalities, ylim=(len(modalities) - 0.4, -0.6))
+    ax.set_xlabel("modalities given to the network (filled)")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _modality_order(names: Iterable[str]) -> list[str]:
+    """Modalities in the one order that agrees with all names of combinations."""
+    parts = [name.split("+") for name in names]
+    order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter({part: () for row in parts for part in row})
+    for earlier, later in itertools.chain.from_iterable(map(itertools.pairwise, parts)):
+        order.add(later, earlier)
+    return list(order.static_order())
+
+
+def _check_overlay(volumes: dict[str, NDArray], maps: dict[str, NDArray], spacing: Sequence[float]) -> None:
+    if not volumes:
+        raise ValueError("presence must be true for at least one modality, got none.")
+    shapes = {name: volume.shape for name, volume in (volumes | maps).items()}
+    if len(set(shapes.values())) > 1 or maps["label"].ndim != _VOLUME_NDIM:
+        raise ValueError(f"images, label and prediction must have one shape [H, W, D], got {shapes}.")
+    if len(spacing) != _VOLUME_NDIM:
+        raise ValueError(f"spacing must have {_VOLUME_NDIM} entries, got {list(spacing)}.")
+
+
+def _plot_image(ax: Axes, image: NDArray | None, shape: tuple[int, ...], *, aspect: float) -> None:
+    """A grey image, or an empty panel of its size."""
+    if image is None:
+        ax.imshow(np.zeros(shape), cmap=ListedColormap([_LIGHT_GREY]), origin="lower", aspect=aspect)
+        ax.text(0.5, 0.5, "not acquired", transform=ax.transAxes, ha="center", va="center", color="0.25")
+        return
+    low, high = np.percentile(image, (1, 99.5))
+    ax.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
+
+
+def _plot_classes(ax: Axes, classes: NDArray) -> None:
+    for k in np.unique(classes[classes > 0]):
+        fill = np.zeros((*classes.shape, 4))
+        fill[classes == k] = to_rgba(_colour(int(k) - 1), alpha=0.7)
+        ax.imshow(fill, origin="lower", aspect=ax.get_aspect(), interpolation="nearest")
+
+
+def _plot_outline(ax: Axes, classes: NDArray) -> None:
+    if classes.any():
+        ax.contour(classes > 0, levels=[0.5], colors=_OUTLINE, linewidths=1.2)
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _clean(ax: Axes) -> None:
+    ax.grid(axis="y", color=_LIGHT_GREY)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the figures of a run folder from the files in it, and print where they are."""
+    parser = argparse.ArgumentParser(prog="python -m passion_monai.evaluation.figures", description=main.__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder with training.csv or evaluation/scores.csv, or both")
+    parser.add_argument("--output", type=Path, help="folder for the figures (default: RUN_DIR/figures)")
+    arguments = parser.parse_args(argv)
+    training, scores = arguments.run_dir / "training.csv", arguments.run_dir / "evaluation" / "scores.csv"
+    figures = {}
+    if training.is_file():
+        figures["training.png"] = plot_training(training)
+    if scores.is_file():
+        figures["combinations.png"] = plot_combinations(read_scores(scores))
+    if not figures:
+        parser.error(f"neither {training} nor {scores} exists; train or evaluate with this folder as output_dir first.")
+    output = arguments.output or arguments.run_dir / "figures"
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(output / name, dpi=_DPI)
+        print(output / name)  # noqa: T201 (a command line reports by printing)
+
+
+if __name__ == "__main__":
+    main()

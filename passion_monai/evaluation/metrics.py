@@ -1,0 +1,322 @@
+"""Scores per subject volume: Dice and the 95th percentile of the Hausdorff distance for every modality combination.
+
+:mod:`passion_monai.evaluation.tables` says what a row of scores holds and how empty masks count.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import pandas as pd
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
+from monai.metrics import CumulativeIterationMetric, compute_hausdorff_distance
+from monai.transforms.utils import generate_spatial_bounding_box
+from monai.utils import convert_to_tensor
+from torch import Tensor
+
+from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
+from passion_monai.presence import combination_name, combinations
+
+__all__ = [
+    "EMPTY_DISTANCE",
+    "CombinationDiceMetric",
+    "CombinationScores",
+    "dice",
+    "hausdorff95",
+    "region_masks",
+    "score_case",
+]
+
+_ML_PER_MM3 = 1e-3
+_NOT_AVAILABLE = -1  # class map of a combination that a case does not have the modalities for
+_PERCENTILE = 95
+
+
+def region_masks(classes: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
+    """Masks of regions that are unions of classes.
+
+    Args:
+        classes: class indices.
+        regions: class indices of each region by its name.
+
+    Shape:
+        - classes: int [...]; output: bool [R, ...].
+    """
+    plain = convert_to_tensor(classes)
+    masks = torch.zeros((len(regions), *plain.shape), dtype=torch.bool, device=plain.device)
+    for mask, members in zip(masks, regions.values(), strict=True):
+        for member in members:  # torch.isin takes several times as long
+            mask |= plain == member
+    return masks
+
+
+def dice(prediction: Tensor, label: Tensor) -> float:
+    """Dice coefficient ``2 |prediction & label| / (|prediction| + |label|)``; 1 where both masks are empty.
+
+    Args:
+        prediction: mask.
+        label: mask of the same shape.
+
+    Raises:
+        TypeError: when a mask is not boolean.
+        ValueError: when the shapes differ.
+    """
+    _check_masks(prediction, label)
+    total = int(prediction.count_nonzero() + label.count_nonzero())
+    return 2 * int((prediction & label).count_nonzero()) / total if total else 1.0
+
+
+def hausdorff95(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> float:
+    """The larger of the two 95th percentiles of the distances from one mask's surface to the other's.
+
+    Args:
+        prediction: mask [H, W(, D)].
+        label: mask of the same shape.
+        spacing: size of a voxel along each axis, in mm.
+
+    Returns:
+        Distance in mm; 0 where both masks are empty, NaN where exactly one is.
+
+    Raises:
+        TypeError: when a mask is not boolean.
+        ValueError: when the shapes differ or the spacing does not fit them.
+    """
+    _check_masks(prediction, label)
+    if len(spacing) != label.ndim:
+        raise ValueError(f"spacing must have one entry for each of {label.ndim} axes, got {list(spacing)}.")
+    if not prediction.any() or not label.any():
+        return math.nan if prediction.any() or label.any() else 0.0
+    # Nothing outside the masks matters; MONAI crops too, but after it has copied the full volumes several times.
+    box = tuple(map(slice, *generate_spatial_bounding_box((prediction | label)[None])))
+    with warnings.catch_warnings():
+        # MONAI 1.6 warns of an argument that it passes itself.
+        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+        distance = compute_hausdorff_distance(
+            prediction[box][None, None],
+            label[box][None, None],
+            include_background=True,
+            percentile=_PERCENTILE,
+            spacing=list(spacing),
+        )
+    return float(distance)
+
+
+def score_case(
+    predictions: Tensor,
+    label: Tensor,
+    *,
+    case: str,
+    names: Sequence[str],
+    regions: Mapping[str, Sequence[int]],
+    spacing: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Scores of one case for each combination and region.
+
+    Args:
+        predictions: class maps, one for each of P combinations.
+        label: class map.
+        case: id of the case.
+        names: names of the P combinations.
+        regions: class indices of each region by its name.
+        spacing: size of a voxel along each axis, in mm.
+
+    Shape:
+        - predictions: int [P, H, W(, D)]; label: int [H, W(, D)].
+
+    Returns:
+        One row per combination and region, with the columns `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`.
+
+    Raises:
+        ValueError: when shapes, names or spacing do not fit together.
+    """
+    if predictions.shape[1:] != label.shape or len(names) != len(predictions):
+        raise ValueError(
+            f"Case {case}: predictions must be [{len(names)}, ...], one for each name, with the label's shape "
+            f"{tuple(label.shape)}, got {tuple(predictions.shape)}."
+        )
+    rows = []
+    # Maps of one combination at a time: all masks of a large case at once would be several hundred MB.
+    label_masks = region_masks(label.cpu(), regions)
+    for name, prediction in zip(names, predictions.cpu(), strict=True):
+        for region, mask, label_mask in zip(regions, region_masks(prediction, regions), label_masks, strict=True):
+            rows.append({"case": case, "combination": name, "region": region} | _score(mask, label_mask, spacing))
+    return rows
+
+
+class CombinationDiceMetric(CumulativeIterationMetric):
+    """Dice of every region for every modality combination, for validation during training.
+
+    The result is one number: the mean over cases for each combination and region, then over combinations and regions,
+    so that each combination has the same weight however many cases have its modalities.
+
+    Args:
+        regions: class indices of each region by its name.
+
+    Shape:
+        - y_pred: list of int [P, H, W(, D)] or a batch of them; a map that is -1 everywhere is of a combination that
+          the case does not have the modalities for, and counts for nothing.
+        - y: list of int [1, H, W(, D)] or a batch of them.
+        - Buffer: [N, P * R], regions running fastest; NaN for a combination without a map.
+
+    Raises:
+        ValueError: when there is no region, when shapes do not fit, and on aggregating nothing.
+
+    Example:
+        >>> metric = CombinationDiceMetric(regions={"tumour": (1, 2)})
+        >>> _ = metric([torch.tensor([[[0, 1]], [[-1, -1]]])], [torch.tensor([[[0, 2]]])])
+        >>> metric.aggregate().item()
+        1.0
+    """
+
+    def __init__(self, regions: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        if not regions:
+            raise ValueError("regions must name at least one region with its class indices, got none.")
+        self.regions = {name: tuple(members) for name, members in regions.items()}
+
+    def aggregate(self) -> Tensor:
+        """Mean Dice over cases, then over combinations and regions."""
+        scores = self.get_buffer()
+        if not isinstance(scores, Tensor):
+            raise ValueError("There is nothing to aggregate; call the metric on predictions and labels first.")
+        return scores.nanmean(dim=0).nanmean()
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
+        if y is None or y.shape != (len(y_pred), 1, *y_pred.shape[2:]):
+            raise ValueError(
+                f"y must be [{len(y_pred)}, 1, ...] for y_pred {tuple(y_pred.shape)}, "
+                f"got {None if y is None else tuple(y.shape)}."
+            )
+        # Post-processed predictions may be on the CPU; gathering over ranks wants the scores where the labels are.
+        scores = [self._score_item(*item) for item in zip(y_pred.cpu(), y.cpu(), strict=True)]
+        return torch.tensor(scores, device=y.device)
+
+    def _score_item(self, predictions: Tensor, label: Tensor) -> list[float]:
+        label_masks = region_masks(label[0], self.regions)
+        scores = []
+        for prediction in predictions:
+            if bool((prediction == _NOT_AVAILABLE).all()):
+                scores += [math.nan] * len(self.regions)
+            else:
+                scores += map(dice, region_masks(prediction, self.regions), label_masks)
+        return scores
+
+
+class CombinationScores:
+    """Writes the scores of every case and modality combination while an evaluator runs, and a table of them at the end.
+
+    For an evaluator with decollated output, as MONAI's are by default: ``pred`` int [P, H, W(, D)] with the class maps
+    of all P combinations in the order of :func:`passion_monai.presence.combinations`, and ``label`` int [1, H, W(, D)],
+    both on the file's grid, which gives the spacing; ``case`` and ``presence`` bool [M] in the batch. Combinations of
+    modalities that a case does not have are left out.
+
+    A run writes ``scores.csv`` anew, case by case, so that an interrupted one leaves what it has computed, and
+    ``table.md`` in the end.
+
+    Args:
+        output_dir: folder for the two files; it is made.
+        modalities: names of the M modalities.
+        regions: class indices of each region by its name.
+
+    Raises:
+        RuntimeError: on attaching it in one of several processes, which would write to the same file.
+        ValueError: during the run, when an item lacks something or does not fit.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, *, modalities: Sequence[str], regions: Mapping[str, Sequence[int]]
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.modalities = tuple(modalities)
+        self.regions = regions
+        self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
+        self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
+
+    @property
+    def scores_path(self) -> Path:
+        """The file of scores."""
+        return self.output_dir / "scores.csv"
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to an evaluator."""
+        if idist.get_world_size() > 1:
+            raise RuntimeError("CombinationScores writes one file; evaluate with one process, not with torchrun.")
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._score_batch)
+        engine.add_event_handler(Events.COMPLETED, self._write_table)
+
+    def _start(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(columns=list(SCORE_COLUMNS)).to_csv(self.scores_path, index=False)
+
+    def _score_batch(self, engine: Engine) -> None:
+        if not isinstance(engine.state.output, list) or not isinstance(engine.state.batch, list):
+            raise ValueError("CombinationScores needs an evaluator with decollate=True: lists of one dict per case.")
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            rows = pd.DataFrame(self._score_item({**item, **output}))
+            rows.to_csv(self.scores_path, mode="a", header=False, index=False)
+
+    def _score_item(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+        missing = [key for key in ("case", "presence", "pred", "label") if item.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"Case {item.get('case')}: {missing} is missing; scores need case, presence, pred and label."
+            )
+        case, predictions, label = item["case"], item["pred"], item["label"]
+        if len(predictions) != len(self.names) or len(label) != 1:
+            raise ValueError(
+                f"Case {case}: pred must be [{len(self.names)}, ...], a map for each combination of {self.modalities}, "
+                f"and label [1, ...], got {tuple(predictions.shape)} and {tuple(label.shape)}."
+            )
+        present = torch.as_tensor(item["presence"]).cpu().bool()
+        available = ~(self.presence & ~present).any(dim=1)
+        return score_case(
+            convert_to_tensor(predictions)[available.to(predictions.device)],
+            convert_to_tensor(label)[0],
+            case=case,
+            names=[name for name, there in zip(self.names, available.tolist(), strict=True) if there],
+            regions=self.regions,
+            spacing=_spacing(case, predictions, label),
+        )
+
+    def _write_table(self) -> None:
+        table = report(read_scores(self.scores_path), modalities=self.modalities, regions=self.regions)
+        (self.output_dir / "table.md").write_text(table, encoding="utf-8")
+
+
+def _score(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> dict[str, float]:
+    distance = hausdorff95(prediction, label, spacing)
+    voxel = math.prod(spacing) * _ML_PER_MM3
+    filled = {f"hd95_{name}": empty if math.isnan(distance) else distance for name, empty in EMPTY_DISTANCE.items()}
+    return {
+        "dice": dice(prediction, label),
+        "hd95_mm": distance,
+        **filled,
+        "prediction_ml": int(prediction.count_nonzero()) * voxel,
+        "label_ml": int(label.count_nonzero()) * voxel,
+    }
+
+
+def _spacing(case: str, *maps: Tensor) -> list[float]:
+    """Voxel size in mm from the first map [C, H, W(, D)] that has an affine."""
+    for classes in maps:
+        if isinstance(classes, MetaTensor):
+            return [float(size) for size in affine_to_spacing(classes.affine, r=classes.ndim - 1)]
+    raise ValueError(f"Case {case}: neither pred nor label is a MetaTensor, so the voxel size in mm is not known.")
+
+
+def _check_masks(prediction: Tensor, label: Tensor) -> None:
+    if prediction.dtype != torch.bool or label.dtype != torch.bool:
+        raise TypeError(f"prediction and label must be boolean masks, got {prediction.dtype} and {label.dtype}.")
+    if prediction.shape != label.shape:
+        raise ValueError(
+            f"prediction and label must have one shape, got {tuple(prediction.shape)} and {tuple(label.shape)}."
+        )

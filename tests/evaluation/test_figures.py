@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from passion_monai.evaluation.figures import main, plot_combinations, plot_overlay, plot_training
+from passion_monai.evaluation.tables import SCORE_COLUMNS
+from passion_monai.presence import combination_name, combinations
+
+MODALITIES = ("x", "y", "z")
+
+
+@pytest.fixture
+def training_csv(tmp_path: Path) -> Path:
+    log: dict[str, Any] = {"epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "loss_segmentation": [2.0, 1.5, 0.5]}
+    for index, modality in enumerate(MODALITIES):
+        log[f"loss_pixel_{modality}"] = [0.3, 0.2, math.nan]
+        log[f"relative_preference_{modality}"] = [0.3 - 0.3 * index, 0.1, 0.0]
+        log[f"beta_{modality}"] = [1.0 + index, 1.1, 1.2]
+    log["val_mean_dice"] = [math.nan, 0.25, 0.5]
+    path = tmp_path / "training.csv"
+    pd.DataFrame(log).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def scores() -> pd.DataFrame:
+    names = [combination_name(row, MODALITIES) for row in combinations(3)]
+    rows = [
+        (case, name, region, value / 100, 5.0, 5.0, 5.0, 1.0, 1.0)
+        for value, (name, region, case) in enumerate(itertools.product(names, ("whole", "core"), "abc"))
+    ]
+    return pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).sample(frac=1, random_state=0)
+
+
+def axis(figure: Figure, title: str) -> Axes:
+    return next(ax for ax in figure.axes if ax.get_title() == title)
+
+
+def lines(ax: Axes) -> list[list[float]]:
+    return [np.asarray(line.get_ydata()).tolist() for line in ax.lines]
+
+
+def legend_texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_training_draws_what_the_log_says(training_csv: Path) -> None:
+    figure = plot_training(training_csv)
+    loss, preference = axis(figure, "Loss"), axis(figure, "Relative preference")
+    beta, validation = axis(figure, "Weight of each modality"), axis(figure, "Validation")
+    assert lines(loss)[:2] == [[3, 2, 1], [2, 1.5, 0.5]]
+    assert len([line for line in loss.lines if line.get_linestyle() == "--" and np.size(line.get_xdata())]) == 3
+    assert lines(preference) == [[0.3, 0.1, 0], [0, 0.1, 0], [pytest.approx(-0.3), 0.1, 0], [0, 0]]
+    assert lines(beta) == [[1, 1.1, 1.2], [2, 1.1, 1.2], [3, 1.1, 1.2]]
+    assert lines(validation) == [[25, 50]]
+    assert legend_texts(figure) == list(MODALITIES)
+    assert all(ax.get_xlabel() == "epoch" and ax.get_ylabel() for ax in figure.axes)
+    assert "[%]" in validation.get_ylabel()
+
+
+@pytest.mark.parametrize("missing", [["val_mean_dice"], ["beta_x", "beta_y", "beta_z"]])
+def test_training_without_some_columns(training_csv: Path, missing: list[str]) -> None:
+    log = pd.read_csv(training_csv).drop(columns=missing)
+    log.to_csv(training_csv, index=False)
+    figure = plot_training(training_csv)
+    assert sum(len(ax.lines) > 0 for ax in figure.axes) == 3
+    figure.canvas.draw()
+
+
+def test_training_of_one_epoch_shows_markers(training_csv: Path) -> None:
+    pd.read_csv(training_csv)[:1].to_csv(training_csv, index=False)
+    figure = plot_training(training_csv)
+    figure.canvas.draw()
+    assert {line.get_marker() for line in axis(figure, "Weight of each modality").lines} == {"o"}
+    assert axis(figure, "Validation").texts[0].get_text() == "no validation yet"
+
+
+@pytest.mark.parametrize("text", ["epoch,loss\n1,2\n", "epoch,loss,loss_segmentation,relative_preference_x\n"])
+def test_training_of_another_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "training.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"training\.csv: a training log has the columns .*, got [01] rows of \['epoch'"
+    ):
+        plot_training(path)
+
+
+def test_combinations_are_in_order_with_their_means(scores: pd.DataFrame) -> None:
+    upper, lower = plot_combinations(scores).axes
+    means = {line.get_label(): np.asarray(line.get_ydata()) for line in upper.lines}
+    assert means["whole"] == pytest.approx(np.arange(1, 42, 6))
+    assert means["core"] == pytest.approx(np.arange(4, 42, 6))
+    middle_half = np.asarray(upper.collections[0].get_paths()[0].vertices)[:, 1]
+    first_region = scores["region"].iloc[0]
+    start = 1 if first_region == "whole" else 4
+    assert middle_half.tolist() == pytest.approx([start - 0.5, start + 0.5])
+    filled, empty = (np.asarray(circles.get_offsets()).astype(int).tolist() for circles in lower.collections)
+    assert sorted(filled) == np.argwhere(combinations(3)).tolist()
+    assert sorted(empty) == np.argwhere(~combinations(3)).tolist()
+    assert [label.get_text() for label in lower.get_yticklabels()] == list(MODALITIES)
+    assert upper.get_ylabel() == "Dice [%]"
+
+
+def test_combinations_that_no_case_has_are_left_out(scores: pd.DataFrame) -> None:
+    few = scores[scores["combination"].isin(["z", "y+z"])]
+    upper, lower = plot_combinations(few).axes
+    assert [label.get_text() for label in lower.get_yticklabels()] == ["y", "z"]
+    assert {np.size(line.get_xdata()) for line in upper.lines} == {2}
+
+
+def test_combinations_of_nothing(scores: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="scores must have at least one row"):
+        plot_combinations(scores[:0])
+
+
+@pytest.fixture
+def overlay() -> dict[str, Any]:
+    label = np.zeros((6, 8, 4), dtype=int)
+    label[1, 1, 1] = 1
+    label[2:4, 3:5, 2] = 3
+    prediction = np.zeros_like(label)
+    prediction[..., 3] = 1
+    prediction[2, 3, 2] = 2
+    images = {"x": np.arange(192.0).reshape(6, 8, 4), "y": None, "z": np.zeros((6, 8, 4))}
+    return {
+        "images": images,
+        "presence": [True, False, True],
+        "label": label,
+        "prediction": prediction,
+        "spacing": (1.0, 2.0, 5.0),
+    }
+
+
+def test_overlay_panels_and_legend(overlay: dict[str, Any]) -> None:
+    figure = plot_overlay(**overlay, class_names=("background", "one", "two", "three"))
+    figure.canvas.draw()
+    assert [ax.get_title() for ax in figure.axes] == ["x", "y", "z", "label", "prediction"]
+    assert legend_texts(figure) == ["two", "three", "outline of the label"]
+    texts = {ax.get_title(): [text.get_text() for text in ax.texts] for ax in figure.axes}
+    assert texts == {"x": [], "y": ["not acquired"], "z": [], "label": [], "prediction": []}
+    assert {ax.get_aspect() for ax in figure.axes} == {2.0}
+
+
+def test_overlay_shows_the_slice_with_most_label(overlay: dict[str, Any]) -> None:
+    figure = plot_overlay(**overlay)
+    shown = np.asarray(axis(figure, "x").images[0].get_array())
+    np.testing.assert_array_equal(shown, overlay["images"]["x"][:, :, 2].T)
+    label, prediction = (np.asarray(axis(figure, name).images[1].get_array()) for name in ("label", "prediction"))
+    np.testing.assert_array_equal(label[..., 3] > 0, (overlay["label"][:, :, 2] == 3).T)
+    np.testing.assert_array_equal(prediction[..., 3] > 0, (overlay["prediction"][:, :, 2] == 2).T)
+    handles = dict(zip(legend_texts(figure), figure.legends[0].legend_handles, strict=True))
+    assert tuple(label[3, 2, :3]) == pytest.approx(to_rgba(handles["class 3"].get_facecolor())[:3])  # type: ignore[union-attr]
+
+
+def test_overlay_without_label_shows_the_slice_with_most_prediction(overlay: dict[str, Any]) -> None:
+    overlay["label"][:] = 0
+    figure = plot_overlay(**overlay)
+    figure.canvas.draw()
+    shown = np.asarray(axis(figure, "x").images[0].get_array())
+    np.testing.assert_array_equal(shown, overlay["images"]["x"][:, :, 3].T)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"presence": [False, False, False]}, "presence must be true for at least one modality"),
+        ({"presence": [True]}, "shorter"),
+        ({"label": np.zeros((6, 8))}, r"one shape \[H, W, D\], got .*'label': \(6, 8\)"),
+        ({"spacing": (1.0, 1.0)}, r"spacing must have 3 entries, got \[1\.0, 1\.0\]"),
+    ],
+)
+def test_overlay_errors(overlay: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_overlay(**(overlay | change))
+
+
+def test_main_draws_what_there_is(
+    tmp_path: Path, training_csv: Path, scores: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "figures" / "training.png")]
+    (tmp_path / "evaluation").mkdir()
+    scores.to_csv(tmp_path / "evaluation" / "scores.csv", index=False)
+    output = tmp_path / "elsewhere"
+    main([str(tmp_path), "--output", str(output)])
+    expected = [output / "training.png", output / "combinations.png"]
+    assert capsys.readouterr().out.split() == [str(path) for path in expected]
+    assert all(path.stat().st_size > 10_000 for path in expected)
+
+
+def test_main_without_anything_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
+    assert "neither" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
+from monai.handlers import IgniteMetricHandler, from_engine
+
+from passion_monai.evaluation.metrics import (
+    EMPTY_DISTANCE,
+    CombinationDiceMetric,
+    CombinationScores,
+    dice,
+    hausdorff95,
+    region_masks,
+    score_case,
+)
+from passion_monai.evaluation.tables import SCORE_COLUMNS, read_scores
+from passion_monai.presence import combination_name, combinations
+
+REGIONS = {"all": (1, 2), "core": (2,)}
+
+
+def mask(shape: tuple[int, ...], *points: tuple[int, ...]) -> torch.Tensor:
+    result = torch.zeros(shape, dtype=torch.bool)
+    for point in points:
+        result[point] = True
+    return result
+
+
+def surface(points: set[tuple[int, ...]]) -> np.ndarray:
+    """Points with a neighbour along an axis that is not in the set."""
+    steps = [tuple(sign * (i == j) for j in range(3)) for i in range(3) for sign in (-1, 1)]
+    return np.array([p for p in sorted(points) if any(tuple(np.add(p, step).tolist()) not in points for step in steps)])
+
+
+def brute_force_hausdorff95(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> float:
+    surfaces = [surface({tuple(p) for p in m.nonzero().tolist()}) * spacing for m in (prediction, label)]
+    distances = np.linalg.norm(surfaces[0][:, None] - surfaces[1][None], axis=-1)
+    return float(max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1)))
+
+
+def test_region_masks_are_unions_of_classes() -> None:
+    masks = region_masks(torch.tensor([[0, 1], [2, 3]]), {"a": (1, 3), "b": (2,), "none": (7,)})
+    assert masks.dtype == torch.bool
+    assert masks.int().tolist() == [[[0, 1], [0, 1]], [[0, 0], [1, 0]], [[0, 0], [0, 0]]]
+
+
+def test_region_masks_of_a_metatensor_are_plain() -> None:
+    masks = region_masks(MetaTensor(torch.tensor([[0.0, 1.0]])), {"a": (1,)})
+    assert type(masks) is torch.Tensor
+    assert masks.int().tolist() == [[[0, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "label", "expected"),
+    [
+        ([1, 1, 0, 0], [0, 1, 1, 1], 2 / 5),
+        ([1, 1, 0, 0], [1, 1, 0, 0], 1.0),
+        ([1, 0, 0, 0], [0, 1, 0, 0], 0.0),
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0),
+        ([1, 0, 0, 0], [0, 0, 0, 0], 0.0),
+        ([0, 0, 0, 0], [0, 0, 1, 0], 0.0),
+    ],
+)
+def test_dice(prediction: list[int], label: list[int], expected: float) -> None:
+    assert dice(torch.tensor(prediction).bool(), torch.tensor(label).bool()) == expected
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 1.25, 3.0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_hausdorff95_is_the_slow_one(seed: int, spacing: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(2, 9, 8, 7, dtype=torch.bool)
+    masks[0, 1:6, 2:7, 1:5] = True
+    masks[1, 2:9, 0:5, 2:7] = True  # touches the border of the image
+    masks &= torch.rand(masks.shape, generator=generator) < 0.9
+    expected = brute_force_hausdorff95(masks[0], masks[1], spacing)
+    assert hausdorff95(masks[0], masks[1], spacing) == pytest.approx(expected, rel=1e-6)
+    assert hausdorff95(masks[1], masks[0], spacing) == pytest.approx(expected, rel=1e-6)
+
+
+def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
+    label = torch.zeros(40, 12, dtype=torch.bool)
+    label[:10, :4] = True  # 24 voxels on the surface
+    prediction = label.clone()
+    prediction[39, 11] = True
+    assert hausdorff95(prediction, label, (1.0, 1.0)) == 0.0
+    prediction[30, 11] = True
+    prediction[35, 11] = True
+    assert hausdorff95(prediction, label, (1.0, 1.0)) > 20
+
+
+def test_hausdorff95_of_two_voxels_in_2d_uses_the_spacing() -> None:
+    distance = hausdorff95(mask((6, 6), (1, 1)), mask((6, 6), (3, 4)), (2.0, 1.0))
+    assert distance == pytest.approx(5.0)
+
+
+def test_hausdorff95_of_empty_masks() -> None:
+    empty, filled = mask((3, 3, 3)), mask((3, 3, 3), (1, 1, 1))
+    assert hausdorff95(empty, empty, (1, 1, 1)) == 0.0
+    assert math.isnan(hausdorff95(empty, filled, (1, 1, 1)))
+    assert math.isnan(hausdorff95(filled, empty, (1, 1, 1)))
+
+
+def test_masks_must_be_boolean_and_of_one_shape() -> None:
+    with pytest.raises(TypeError, match=r"boolean masks, got torch\.int64 and torch\.bool"):
+        dice(torch.zeros(3, dtype=torch.long), mask((3,)))
+    with pytest.raises(ValueError, match=r"one shape, got \(3,\) and \(4,\)"):
+        dice(mask((3,)), mask((4,)))
+    with pytest.raises(ValueError, match=r"spacing must have one entry for each of 2 axes, got \[1\.0\]"):
+        hausdorff95(mask((3, 3)), mask((3, 3)), [1.0])
+
+
+def test_score_case_rows() -> None:
+    label = torch.zeros(6, 6, 6, dtype=torch.long)
+    label[1:4, 1:4, 1:4] = 1  # 27 voxels, no core
+    wrong = torch.zeros_like(label)
+    wrong[1:4, 1:4, 1:4] = 2
+    rows = score_case(
+        torch.stack([label, wrong]), label, case="p1", names=("a", "a+b"), regions=REGIONS, spacing=(1.0, 2.0, 5.0)
+    )
+    assert [tuple(row) for row in rows] == [SCORE_COLUMNS] * 4
+    assert [(row["case"], row["combination"], row["region"]) for row in rows] == [
+        ("p1", "a", "all"),
+        ("p1", "a", "core"),
+        ("p1", "a+b", "all"),
+        ("p1", "a+b", "core"),
+    ]
+    assert [row["dice"] for row in rows] == [1, 1, 1, 0]
+    assert [row["hd95_brats"] for row in rows] == [0, 0, 0, 373.13]
+    assert [row["hd95_released"] for row in rows] == [0, 0, 0, 1.0]
+    assert [math.isnan(row["hd95_mm"]) for row in rows] == [False, False, False, True]
+    assert [row["prediction_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0.27])
+    assert [row["label_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0])
+
+
+def test_score_case_says_what_does_not_fit() -> None:
+    maps = torch.zeros(2, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"Case p1: predictions must be \[1, \.\.\.\], .* \(4, 4\), got \(2, 4, 4\)"):
+        score_case(maps, maps[0], case="p1", names=("a",), regions=REGIONS, spacing=(1, 1))
+
+
+def test_empty_distance_is_the_diagonal_of_a_brats_image() -> None:
+    assert EMPTY_DISTANCE["brats"] == pytest.approx(math.hypot(240, 240, 155), abs=0.005)
+
+
+def maps_of_two_cases() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Three combinations; the second case has no modality for the third."""
+    label = torch.tensor([[0, 1, 2, 2]])
+    half, none = torch.tensor([0, 1, 0, 2]), torch.full((4,), -1)
+    return [torch.stack([label[0], half, half]), torch.stack([half, half, none])], [label, label]
+
+
+def test_combination_dice_metric_averages_cases_before_combinations() -> None:
+    metric = CombinationDiceMetric(REGIONS)
+    scores = metric(*maps_of_two_cases())
+    full, half = [1.0, 1.0], [4 / 5, 2 / 3]
+    expected = torch.tensor([[*full, *half, *half], [*half, *half, math.nan, math.nan]])
+    torch.testing.assert_close(scores, expected, equal_nan=True)
+    per_combination = [(1 + 4 / 5) / 2, (1 + 2 / 3) / 2, *half, *half]
+    assert metric.aggregate().item() == pytest.approx(np.mean(per_combination))
+
+
+def test_combination_dice_metric_takes_batches_and_metatensors() -> None:
+    predictions, labels = maps_of_two_cases()
+    metric = CombinationDiceMetric(REGIONS)
+    metric(MetaTensor(torch.stack(predictions)), MetaTensor(torch.stack(labels)))
+    other = CombinationDiceMetric(REGIONS)
+    other(predictions, labels)
+    assert type(metric.get_buffer()) is torch.Tensor
+    torch.testing.assert_close(metric.get_buffer(), other.get_buffer(), equal_nan=True)
+
+
+def test_combination_dice_metric_in_an_engine() -> None:
+    predictions, labels = maps_of_two_cases()
+    items = [[{"pred": p, "label": y}] for p, y in zip(predictions, labels, strict=True)]
+    engine = Engine(lambda _, batch: batch)
+    handler = IgniteMetricHandler(
+        metric_fn=CombinationDiceMetric(REGIONS), output_transform=from_engine(["pred", "label"])
+    )
+    handler.attach(engine, "mean_dice")
+    engine.run(items)
+    first = engine.state.metrics["mean_dice"]
+    expected = CombinationDiceMetric(REGIONS)
+    expected(predictions, labels)
+    assert first == pytest.approx(expected.aggregate().item())
+    assert vars(engine.state)["metric_details"]["mean_dice"].shape == (2, 6)
+    engine.run(items[:1])  # an engine that validates again starts from nothing
+    assert engine.state.metrics["mean_dice"] > first
+
+
+def test_combination_dice_metric_errors() -> None:
+    metric = CombinationDiceMetric(REGIONS)
+    with pytest.raises(ValueError, match="nothing to aggregate"):
+        metric.aggregate()
+    with pytest.raises(ValueError, match=r"y must be \[1, 1, \.\.\.\] .*, got \(1, 2, 4\)"):
+        metric([torch.zeros(3, 4)], [torch.zeros(2, 4)])
+    with pytest.raises(ValueError, match="regions must name at least one region"):
+        CombinationDiceMetric({})
+
+
+MODALITIES = ("x", "y")
+AFFINE = torch.diag(torch.tensor([-2.0, 1.0, 4.0, 1.0]))
+
+
+class ThreeMaps(torch.nn.Module):
+    """Class maps of the combinations x, y, x+y: right, empty, right; -1 where the modalities are not there."""
+
+    def forward(self, image: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
+        right = image[:, :1].round()
+        maps = torch.cat([right, torch.zeros_like(right), right], dim=1)
+        for item, row in zip(maps, presence, strict=True):
+            for index, combination in enumerate(combinations(2)):
+                if (torch.from_numpy(combination) & ~row).any():
+                    item[index] = -1
+        return maps
+
+
+def make_items(*presence: tuple[bool, bool]) -> list[dict[str, Any]]:
+    label = torch.zeros(1, 5, 6, 7)
+    label[0, 1:3, 2:4, 3:5] = 2
+    image = MetaTensor(label.expand(2, -1, -1, -1).clone(), affine=AFFINE)
+    return [
+        {
+            "case": f"00{n}",
+            "image": image,
+            "label": MetaTensor(label.long(), affine=AFFINE),
+            "presence": torch.tensor(row),
+        }
+        for n, row in enumerate(presence)
+    ]
+
+
+def make_evaluator(items: list[dict[str, Any]], output_dir: Path, **arguments: Any) -> SupervisedEvaluator:
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(items), batch_size=2, num_workers=0),
+        network=ThreeMaps(),
+        prepare_batch=PrepareBatchExtraInput({"presence": "presence"}),
+        val_handlers=[CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS)],
+        **arguments,
+    )
+
+
+def test_combination_scores_writes_what_score_case_says(tmp_path: Path) -> None:
+    output_dir = tmp_path / "new" / "evaluation"
+    make_evaluator(make_items((True, True), (False, True), (True, True)), output_dir).run()
+    scores = read_scores(output_dir / "scores.csv")
+    assert tuple(scores) == SCORE_COLUMNS
+    found = list(zip(scores["case"], scores["combination"], scores["region"], strict=True))
+    names = {"000": ("x", "y", "x+y"), "001": ("y",), "002": ("x", "y", "x+y")}
+    assert found == [(case, *pair) for case in names for pair in itertools.product(names[case], REGIONS)]
+    right = scores["combination"].str.contains("x")
+    assert (scores["dice"] == right.astype(float)).all()
+    assert (scores["hd95_mm"].isna() == ~right).all()
+    assert scores["label_ml"].to_numpy() == pytest.approx(8 * 8 / 1000)  # 8 voxels of 2 x 1 x 4 mm
+    assert "| cases | 2 | 3 | 2 |" in (output_dir / "table.md").read_text(encoding="utf-8")
+
+
+def test_combination_scores_starts_anew_with_each_run(tmp_path: Path) -> None:
+    evaluator = make_evaluator(make_items((True, True)), tmp_path)
+    evaluator.run()
+    first = (tmp_path / "scores.csv").read_text(encoding="utf-8")
+    evaluator.run()
+    assert (tmp_path / "scores.csv").read_text(encoding="utf-8") == first
+
+
+def test_combination_scores_keeps_the_cases_before_an_error(tmp_path: Path) -> None:
+    items = make_items((True, True), (True, True), (True, True), (True, True))
+    for item in items[2:]:
+        item["label"] = MetaTensor(torch.zeros(1, 5, 6, 3).long(), affine=AFFINE)
+    with pytest.raises(ValueError, match="Case 002: predictions must be"):
+        make_evaluator(items, tmp_path).run()
+    assert read_scores(tmp_path / "scores.csv")["case"].unique().tolist() == ["000", "001"]
+    assert not (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"presence": None}, r"Case c: \['presence'\] is missing"),
+        ({"label": None}, r"Case c: \['label'\] is missing"),
+        ({"pred": torch.zeros(1, 4, 4)}, r"Case c: pred must be \[3, \.\.\.\], .* got \(1, 4, 4\)"),
+        ({"label": torch.zeros(2, 4, 4)}, r"Case c: pred must be .* and \(2, 4, 4\)"),
+        ({}, r"Case c: neither pred nor label is a MetaTensor"),
+    ],
+)
+def test_combination_scores_names_case_and_fault(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    item = {"case": "c", "presence": [True, True], "pred": torch.zeros(3, 4, 4), "label": torch.zeros(1, 4, 4)} | change
+    engine = Engine(lambda _, batch: batch)
+    CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS).attach(engine)
+    with pytest.raises(ValueError, match=message):
+        engine.run([[item]])
+
+
+def test_combination_scores_takes_the_spacing_of_a_2d_label(tmp_path: Path) -> None:
+    label = MetaTensor(torch.ones(1, 4, 5).long(), affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
+    item = {"case": "c", "presence": [True, False], "pred": torch.ones(3, 4, 5).long(), "label": label}
+    engine = Engine(lambda _, batch: batch)
+    CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS).attach(engine)
+    engine.run([[item]])
+    scores = read_scores(tmp_path / "scores.csv")
+    assert scores["combination"].tolist() == ["x", "x"]
+    assert scores["label_ml"].tolist() == pytest.approx([20 * 6 / 1000, 0])
+
+
+def test_combination_scores_needs_decollated_output(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="decollate=True"):
+        make_evaluator(make_items((True, True)), tmp_path, decollate=False).run()
+
+
+def test_combination_scores_refuses_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    handler = CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS)
+    with pytest.raises(RuntimeError, match="one process"):
+        handler.attach(Engine(lambda _, batch: batch))
+
+
+def test_combination_scores_names_combinations_in_order(tmp_path: Path) -> None:
+    handler = CombinationScores(tmp_path, modalities=("p", "q", "r"), regions=REGIONS)
+    assert handler.names == [combination_name(row, ("p", "q", "r")) for row in combinations(3)]
