@@ -348,8 +348,9 @@ class RestoreClassesd(MapTransform):
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         restored = dict(data)
         image = data[self.image_key]
-        if self.label_key in data:
-            affine, shape = data[self.label_key].affine, data[self.label_key].shape[1:]
+        label = data.get(self.label_key)  # MONAI's evaluator puts None where a case has none
+        if label is not None:
+            affine, shape = label.affine, label.shape[1:]
         else:
             affine, shape = torch.as_tensor(image.meta["original_affine"]), image.meta["spatial_shape"]
         shape = tuple(int(size) for size in shape)

@@ -1,0 +1,181 @@
+"""Which cases a workflow runs on: a user's folder or datalist, or the embedded phantom when none is given."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from passion_monai.datasets import discover, get_spec
+from passion_monai.datasets.datalist import (
+    apply_presence,
+    datalist_presence,
+    read_datalist,
+    split_cases,
+    write_datalist,
+)
+from passion_monai.datasets.phantom import write_brain_phantom
+from passion_monai.presence import missing_rates as realised_missing_rates
+from passion_monai.presence import read_presence, simulate_presence
+
+__all__ = ["inference_cases", "prepare_datalist", "training_cases"]
+
+logger = logging.getLogger(__name__)
+
+Case = dict[str, Any]
+
+
+def prepare_datalist(
+    dataset: str,
+    *,
+    dataset_dir: str | None,
+    datalist: str | None,
+    output_dir: str,
+    phantom: Mapping[str, Any],
+    seed: int,
+) -> str:
+    """Path of the datalist to work on, made where there is none.
+
+    A `datalist` that is given is used as it is. Otherwise the cases of `dataset_dir`, or of a phantom written to
+    ``<output_dir>/phantom`` when that is None, are split and written to ``<output_dir>/datalist.json``. A datalist that
+    is already there is used again, so that training and evaluation share one split even if the folder grows.
+
+    Args:
+        dataset: name of the data set's layout, see :func:`passion_monai.datasets.get_spec`.
+        dataset_dir: folder of the cases.
+        datalist: path of a datalist.
+        output_dir: folder of the run.
+        phantom: arguments of :func:`passion_monai.datasets.phantom.write_brain_phantom` but the folder.
+        seed: of the split.
+
+    Raises:
+        ValueError: when the datalist of the run was made from another folder.
+    """
+    if datalist is not None:
+        return datalist
+    path = Path(output_dir) / "datalist.json"
+    root = Path(dataset_dir) if dataset_dir is not None else _phantom(output_dir, phantom)
+    if path.is_file():
+        _check_root(path, root)
+        return str(path)
+    spec = get_spec(dataset)
+    splits = split_cases(discover(dataset, root), sizes=spec.reference_split, seed=seed)
+    write_datalist(path, splits, spec=spec, root=root)
+    sizes = ", ".join(f"{len(cases)} {section}" for section, cases in splits.items())
+    logger.info(f"Cases of {root} split into {sizes}: {path}")
+    return str(path)
+
+
+def training_cases(
+    datalist: str,
+    *,
+    dataset: str,
+    modalities: Sequence[str],
+    missing_rates: Sequence[float] | None = None,
+    presence_file: str | None = None,
+    seed: int = 0,
+) -> list[Case]:
+    """The training cases, each with its row of the presence matrix where missing modalities are simulated.
+
+    Args:
+        datalist: path of the datalist.
+        dataset: name of the data set's layout.
+        modalities: names of the M modalities.
+        missing_rates: rate in [0, 1) per modality to simulate on complete cases; None to train on what there is.
+        presence_file: JSON or CSV file with the presence of each case, instead of `missing_rates`.
+        seed: of the simulation.
+
+    Raises:
+        ValueError: when both are given, rates cannot be met, or a case is not in the file.
+    """
+    cases = read_datalist(datalist, "training", modalities=modalities)
+    if missing_rates is not None and presence_file is not None:
+        raise ValueError("Give missing_rates or presence_file, not both.")
+    if missing_rates is not None:
+        cases = apply_presence(cases, simulate_presence(len(cases), missing_rates, seed=seed), modalities)
+    elif presence_file is not None:
+        spec = get_spec(dataset)
+        rows = read_presence(
+            presence_file, modalities, csv_modalities=spec.csv_modalities, csv_prefixes=spec.csv_prefixes
+        )
+        unknown = [case["case"] for case in cases if case["case"] not in rows]
+        if unknown:
+            raise ValueError(
+                f"{presence_file} has no row for the training cases {unknown[:5]} ({len(unknown)} in all)."
+            )
+        cases = apply_presence(cases, [rows[case["case"]] for case in cases], modalities)
+    presence = datalist_presence(cases, modalities)
+    rates = ", ".join(
+        f"{name} {rate:.3f}" for name, rate in zip(modalities, realised_missing_rates(presence), strict=True)
+    )
+    logger.info(f"{len(cases)} training cases, missing rates: {rates}")
+    return cases
+
+
+def inference_cases(
+    dataset: str,
+    *,
+    dataset_dir: str | None,
+    files: Mapping[str, str] | None,
+    output_dir: str,
+    modalities: Sequence[str],
+    phantom: Mapping[str, Any],
+    missing_rates: Sequence[float] | None,
+    seed: int,
+) -> list[Case]:
+    """The cases to segment: one given by its files, those of a folder, or phantoms that lack modalities.
+
+    Args:
+        dataset: name of the data set's layout.
+        dataset_dir: folder of the cases; None for phantoms.
+        files: path per modality of a single case, and optionally its name as ``case``.
+        output_dir: folder of the run.
+        modalities: names of the M modalities.
+        phantom: see :func:`prepare_datalist`.
+        missing_rates: rates to simulate on the phantoms; None for complete ones. Real cases are taken as they are.
+        seed: of the simulation.
+
+    Raises:
+        ValueError: when `files` names something else than modalities.
+    """
+    if files is not None:
+        return [_single_case(files, modalities)]
+    if dataset_dir is not None:
+        return _without_labels(discover(dataset, dataset_dir))
+    cases = _without_labels(discover(dataset, _phantom(output_dir, phantom)))
+    if missing_rates is not None:
+        cases = apply_presence(cases, simulate_presence(len(cases), missing_rates, seed=seed), modalities)
+    return cases
+
+
+def _without_labels(cases: Sequence[Case]) -> list[Case]:
+    """Inference needs no labels, and must not fail for a broken one."""
+    return [{key: value for key, value in case.items() if key != "label"} for case in cases]
+
+
+def _phantom(output_dir: str, phantom: Mapping[str, Any]) -> Path:
+    folder = Path(output_dir) / "phantom"
+    logger.warning(
+        f"No dataset_dir is given: this runs on the PHANTOM cohort in {folder}, which is not patients' data."
+    )
+    write_brain_phantom(folder, **phantom)
+    return folder
+
+
+def _check_root(datalist: Path, root: Path) -> None:
+    made_from = Path(json.loads(datalist.read_text(encoding="utf-8"))["root"])
+    if made_from != root.resolve():
+        raise ValueError(
+            f"{datalist} was made from {made_from}, but the cases are now in {root.resolve()}; give another "
+            "output_dir, or that file as datalist, or delete it to split anew."
+        )
+
+
+def _single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
+    unknown = set(files) - {*modalities, "case"}
+    if unknown or not set(files) & set(modalities):
+        raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {dict(files)}.")
+    first = next(Path(files[name]) for name in modalities if name in files)
+    return {"case": first.name.removesuffix(".gz").removesuffix(".nii"), **files}
