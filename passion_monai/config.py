@@ -18,7 +18,8 @@ def find_bundle_root(name: str) -> str:
     Raises:
         FileNotFoundError: when none of them is the bundle.
     """
-    named = [Path(word.strip("[]'\", ")) for argument in sys.argv for word in argument.split(",")]
+    words = [word for argument in sys.argv for word in argument.removeprefix("--config_file=").split(",")]
+    named = [Path(word.strip("[]'\" ")) for word in words]
     configs = [path.resolve() for path in named if path.suffix in (".yaml", ".yml", ".json")]
     here = Path.cwd()
     for folder in [*(path.parent.parent for path in configs), here, here / name, here / "bundles" / name]:

@@ -379,6 +379,7 @@ class SaveSegmentationd(MapTransform):
         output_dir: folder to write to; it is made.
         modalities: names of the M modalities.
         values: file value of each class, background first; a case's ``label_values`` hold instead.
+        class_names: name of each class.
         regions: classes of each region, for the volumes.
     """
 
@@ -389,12 +390,14 @@ class SaveSegmentationd(MapTransform):
         output_dir: str | Path,
         modalities: Sequence[str],
         values: Sequence[int],
+        class_names: Sequence[str],
         regions: Mapping[str, Sequence[int]],
     ) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
         self.modalities = tuple(modalities)
         self.values = tuple(values)
+        self.class_names = tuple(class_names)
         self.regions = dict(regions)
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
@@ -424,6 +427,6 @@ class SaveSegmentationd(MapTransform):
             "modalities_used": [name for name, present in presence.items() if present],
             "modalities_missing": [name for name, present in presence.items() if not present],
             "files": data["files"],
-            "label_values": values.tolist(),
+            "labels": dict(zip(self.class_names, values.tolist(), strict=True)),
             "region_volumes_ml": {name: round(float(volume) / 1000, 3) for name, volume in volumes.items()},
         }

@@ -239,7 +239,13 @@ class TestSaveSegmentationd:
         data = pipeline()(case)
         data = RestoreClassesd()(data | {"pred": one_hot_probabilities(data["image"][:1].round().clamp(0, 2))})
         regions = {"whole": (1, 2), "core": (2,)}
-        SaveSegmentationd(output_dir=folder, modalities=MODALITIES, values=VALUES, regions=regions)(data)
+        SaveSegmentationd(
+            output_dir=folder,
+            modalities=MODALITIES,
+            values=VALUES,
+            class_names=("none", "edge", "core"),
+            regions=regions,
+        )(data)
 
     def test_writes_label_values_on_the_grid_of_the_input(self, make_case: MakeCase, tmp_path: Path):
         case = make_case(modalities=("b", "c"), spacing=2.0)
@@ -256,6 +262,7 @@ class TestSaveSegmentationd:
         record = json.loads((tmp_path / "out" / "case1_seg.json").read_text())
         assert record["modalities_used"] == ["b", "c"]
         assert record["modalities_missing"] == ["a"]
+        assert record["labels"] == {"none": 0, "edge": 2, "core": 4}
         assert record["files"] == {"b": case["b"], "c": case["c"]}
         written = np.asarray(nib.load(tmp_path / "out" / "case1_seg.nii.gz").dataobj)
         assert record["region_volumes_ml"]["whole"] == pytest.approx((written > 0).sum() * 8 / 1000, abs=1e-3)

@@ -1,14 +1,16 @@
-"""Figures of a training run and of its scores. ``python -m passion_monai.evaluation.figures RUN_DIR`` draws both."""
+"""Figures of a run: its training, scores, predictions. `python -m passion_monai.evaluation.figures RUN_DIR` draws all."""
 
 from __future__ import annotations
 
 import argparse
 import graphlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -22,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from passion_monai.evaluation.tables import read_scores
 from passion_monai.presence import parse_combination
 
-__all__ = ["main", "plot_combinations", "plot_overlay", "plot_training"]
+__all__ = ["main", "plot_combinations", "plot_overlay", "plot_prediction", "plot_training"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. https://jfly.uni-koeln.de/color/
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -33,6 +35,7 @@ _PREFERENCE = "relative_preference_"
 _VOLUME_NDIM = 3
 _DPI = 150
 _FEW_EPOCHS = 30
+_FEW_PREDICTIONS = 6
 
 
 def plot_training(training_csv: str | Path) -> Figure:
@@ -95,7 +98,7 @@ def plot_combinations(scores: pd.DataFrame) -> Figure:
 def plot_overlay(
     images: Mapping[str, ArrayLike | None],
     presence: Sequence[bool],
-    label: ArrayLike,
+    label: ArrayLike | None,
     *,
     prediction: ArrayLike,
     spacing: Sequence[float],
@@ -104,12 +107,12 @@ def plot_overlay(
     """One slice of a case: what the network was given, the label and the prediction.
 
     Label and prediction lie over the first modality present. The slice is the one along the last axis with the most
-    label (with the most prediction, if the label is empty).
+    label (with the most prediction, if there is no label or it is empty).
 
     Args:
         images: volume [H, W, D] of each of the M modalities by name; that of an absent modality is not looked at.
         presence: M booleans in the order of `images`.
-        label: class map [H, W, D].
+        label: class map [H, W, D], if there is one.
         prediction: class map [H, W, D].
         spacing: size of a voxel along each axis, in mm.
         class_names: name of each class for the legend, background first; by default "class 1" and so on.
@@ -117,10 +120,11 @@ def plot_overlay(
     Raises:
         ValueError: when no modality is present, or shapes or the number of entries do not fit.
     """
-    maps = {"label": np.asarray(label), "prediction": np.asarray(prediction)}
+    maps = {"label": np.asarray(label)} if label is not None else {}
+    maps["prediction"] = np.asarray(prediction)
     volumes = {name: np.asarray(images[name]) for name, there in zip(images, presence, strict=True) if there}
     _check_overlay(volumes, maps, spacing)
-    counted = maps["label"] if maps["label"].any() else maps["prediction"]
+    counted = maps["label"] if label is not None and maps["label"].any() else maps["prediction"]
     index = int(np.count_nonzero(counted, axis=(0, 1)).argmax())
     slices = {name: volume[:, :, index].T for name, volume in (volumes | maps).items()}
 
@@ -129,17 +133,55 @@ def plot_overlay(
     for ax, name in zip(figure.subplots(1, len(columns)), columns, strict=True):
         ax.set(title=name, xticks=[], yticks=[])
         background = slices.get(next(iter(volumes)) if name in maps else name)
-        _plot_image(ax, background, slices["label"].shape, aspect=spacing[1] / spacing[0])
+        _plot_image(ax, background, slices["prediction"].shape, aspect=spacing[1] / spacing[0])
         if name in maps:
             _plot_classes(ax, slices[name])
-        if name == "prediction":
+        if name == "prediction" and label is not None:
             _plot_outline(ax, slices["label"])
     classes = [int(k) for k in np.unique([slices[name] for name in maps]) if k > 0]
     names = {k: class_names[k] if class_names else f"class {k}" for k in classes}
     handles: list[Artist] = [Patch(color=_colour(k - 1), label=name) for k, name in names.items()]
-    handles.append(Line2D([], [], color=_OUTLINE, label="outline of the label"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    if label is not None:
+        handles.append(Line2D([], [], color=_OUTLINE, label="outline of the label"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
+
+
+def plot_prediction(record_file: str | Path, *, label_file: str | Path | None = None) -> Figure:
+    """What one patient had, and what was predicted from it.
+
+    Args:
+        record_file: the ``<case>_seg.json`` beside a prediction that
+            :class:`passion_monai.transforms.SaveSegmentationd` wrote.
+        label_file: the patient's label file, if there is one.
+    """
+    record_file = Path(record_file)
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    values = list(record["labels"].values())
+    image = nib.as_closest_canonical(nib.load(record_file.with_suffix(".nii.gz")))
+    volumes: dict[str, ArrayLike | None] = {name: _read_volume(path) for name, path in record["files"].items()}
+    volumes |= dict.fromkeys(record["modalities_missing"])
+    figure = plot_overlay(
+        volumes,
+        [volume is not None for volume in volumes.values()],
+        None if label_file is None else _classes(_read_volume(label_file), values),
+        prediction=_classes(np.asarray(image.dataobj), values),
+        spacing=[float(size) for size in image.header.get_zooms()[:_VOLUME_NDIM]],
+        class_names=list(record["labels"]),
+    )
+    figure.suptitle(record["case"])
+    return figure
+
+
+def _classes(volume: NDArray, values: Sequence[int]) -> NDArray:
+    """Class indices of a volume of label values."""
+    return np.select([volume == value for value in values], range(len(values)))
+
+
+def _read_volume(path: str | Path) -> NDArray:
+    """A NIfTI volume with axes to the right, to the front and up."""
+    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
 
 
 def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None:
@@ -216,7 +258,7 @@ def _check_overlay(volumes: dict[str, NDArray], maps: dict[str, NDArray], spacin
     if not volumes:
         raise ValueError("presence must be true for at least one modality, got none.")
     shapes = {name: volume.shape for name, volume in (volumes | maps).items()}
-    if len(set(shapes.values())) > 1 or maps["label"].ndim != _VOLUME_NDIM:
+    if len(set(shapes.values())) > 1 or maps["prediction"].ndim != _VOLUME_NDIM:
         raise ValueError(f"images, label and prediction must have one shape [H, W, D], got {shapes}.")
     if len(spacing) != _VOLUME_NDIM:
         raise ValueError(f"spacing must have {_VOLUME_NDIM} entries, got {list(spacing)}.")
@@ -254,20 +296,41 @@ def _clean(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def _prediction_figures(run_dir: Path) -> dict[str, Figure]:
+    """An overlay of the first few predictions of a run, with the label where the run's datalist knows it."""
+    labels = {}
+    if (run_dir / "datalist.json").is_file():
+        content = json.loads((run_dir / "datalist.json").read_text(encoding="utf-8"))
+        cases = [case for section in content.values() if isinstance(section, list) for case in section]
+        labels = {
+            case["case"]: Path(content["root"], case["label"])
+            for case in cases
+            if isinstance(case, dict) and "label" in case
+        }
+    records = sorted((run_dir / "predictions").glob("*_seg.json"))[:_FEW_PREDICTIONS]
+    return {
+        f"{path.stem}.png": plot_prediction(path, label_file=labels.get(path.stem.removesuffix("_seg")))
+        for path in records
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the figures of a run folder from the files in it, and print where they are."""
     parser = argparse.ArgumentParser(prog="python -m passion_monai.evaluation.figures", description=main.__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder with training.csv or evaluation/scores.csv, or both")
+    parser.add_argument("run_dir", type=Path, help="a run's folder: training.csv, evaluation/scores.csv, predictions/")
     parser.add_argument("--output", type=Path, help="folder for the figures (default: RUN_DIR/figures)")
     arguments = parser.parse_args(argv)
     training, scores = arguments.run_dir / "training.csv", arguments.run_dir / "evaluation" / "scores.csv"
-    figures = {}
+    figures = _prediction_figures(arguments.run_dir)
     if training.is_file():
         figures["training.png"] = plot_training(training)
     if scores.is_file():
         figures["combinations.png"] = plot_combinations(read_scores(scores))
     if not figures:
-        parser.error(f"neither {training} nor {scores} exists; train or evaluate with this folder as output_dir first.")
+        parser.error(
+            f"there is no {training}, no {scores} and no prediction; train, evaluate or infer with this folder as "
+            "output_dir first."
+        )
     output = arguments.output or arguments.run_dir / "figures"
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

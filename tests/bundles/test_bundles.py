@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -88,7 +89,7 @@ class TestTraining:
     def test_beta_follows_equation_13_through_the_resumed_run(self, trained: tuple[str, Path]):
         rows = read_csv(trained[1] / "training.csv")
         modalities = json.loads((trained[1] / "datalist.json").read_text())["modalities"]
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in itertools.pairwise(rows):
             for modality in modalities:
                 expected = float(before[f"beta_{modality}"]) - 0.01 * float(after[f"relative_preference_{modality}"])
                 assert float(after[f"beta_{modality}"]) == pytest.approx(expected, rel=1e-5)
@@ -143,7 +144,7 @@ class TestInference:
         written, source = nib.load(predictions / f"{first.name}_seg.nii.gz"), nib.load(kept)
         assert written.shape == source.shape
         np.testing.assert_allclose(written.affine, source.affine)
-        assert set(np.unique(written.dataobj)) <= set(record["label_values"])
+        assert set(np.unique(written.dataobj)) <= set(record["labels"].values())
         assert (predictions / f"{second.name}_seg.nii.gz").is_file()
 
     def test_one_case_given_by_its_files(self, trained: tuple[str, Path], tmp_path: Path):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from passion_monai.evaluation.figures import main, plot_combinations, plot_overlay, plot_training
+from passion_monai.evaluation.figures import main, plot_combinations, plot_overlay, plot_prediction, plot_training
 from passion_monai.evaluation.tables import SCORE_COLUMNS
 from passion_monai.presence import combination_name, combinations
 
@@ -201,5 +203,45 @@ def test_main_draws_what_there_is(
 def test_main_without_anything_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path)])
-    assert "neither" in capsys.readouterr().err
+    assert "train, evaluate or infer" in capsys.readouterr().err
     assert not (tmp_path / "figures").exists()
+
+
+class TestPredictions:
+    def write(self, folder: Path) -> Path:
+        """A prediction as inference leaves it: two of three modalities, label values 0, 2 and 4."""
+        (folder / "predictions").mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        classes = np.zeros((10, 12, 8), dtype=np.uint8)
+        classes[3:7, 4:8, 2:5] = 4
+        classes[4:6, 5:7, 2:5] = 2
+        record = {
+            "case": "x",
+            "modalities_missing": ["b"],
+            "files": {name: str(folder / f"{name}.nii.gz") for name in ("a", "c")},
+            "labels": {"background": 0, "edge": 4, "core": 2},
+        }
+        for path in (*record["files"].values(), folder / "predictions" / "x_seg.nii.gz", folder / "label.nii.gz"):
+            volume = classes if "seg" in str(path) or "label" in str(path) else rng.normal(size=classes.shape)
+            nib.save(nib.Nifti1Image(volume, np.diag([-1.0, -1.0, 2.0, 1.0])), path)
+        path = folder / "predictions" / "x_seg.json"
+        path.write_text(json.dumps(record))
+        return path
+
+    @pytest.mark.parametrize("with_label", [True, False])
+    def test_shows_what_the_patient_had(self, tmp_path: Path, with_label: bool):
+        label = tmp_path / "label.nii.gz" if with_label else None
+        figure = plot_prediction(self.write(tmp_path), label_file=label)
+        titles = [ax.get_title() for ax in figure.axes]
+        assert titles == ["a", "c", "b", *(["label"] if with_label else []), "prediction"]
+        assert [text.get_text() for text in figure.axes[2].texts] == ["not acquired"]
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend == ["edge", "core", *(["outline of the label"] if with_label else [])]
+
+    def test_the_command_finds_predictions_and_their_labels(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        self.write(tmp_path)
+        datalist = {"modalities": ["a"], "root": str(tmp_path), "test": [{"case": "x", "label": "label.nii.gz"}]}
+        (tmp_path / "datalist.json").write_text(json.dumps(datalist))
+        main([str(tmp_path)])
+        assert (tmp_path / "figures" / "x_seg.png").is_file()
+        assert "x_seg.png" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from passion_monai.datasets.cohort import inference_cases, prepare_datalist, training_cases
+from passion_monai.datasets.datalist import datalist_presence
+from passion_monai.presence import write_presence
+
+PHANTOM = {"num_cases": 8, "shape": (16, 16, 16), "spacing": (12.0, 12.0, 12.0), "seed": 0}
+MODALITIES = ("flair", "t1ce", "t1", "t2")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a phantom cohort and its datalist."""
+    folder = tmp_path_factory.mktemp("run")
+    prepare(folder)
+    return folder
+
+
+def prepare(output_dir: Path, **changed: Any) -> str:
+    arguments = {"dataset_dir": None, "datalist": None, "phantom": PHANTOM, "seed": 0} | changed
+    return prepare_datalist("brats", output_dir=str(output_dir), **arguments)
+
+
+class TestPrepareDatalist:
+    def test_without_a_folder_it_says_phantom(self, run_dir: Path, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.WARNING):
+            path = prepare(run_dir)
+        assert "PHANTOM" in caplog.text
+        content = json.loads(Path(path).read_text())
+        assert [len(content[section]) for section in ("training", "validation", "test")] == [5, 1, 2]
+
+    def test_a_given_datalist_is_used_as_it_is(self, tmp_path: Path):
+        assert prepare(tmp_path, datalist="/some/list.json") == "/some/list.json"
+        assert not list(tmp_path.iterdir())
+
+    def test_the_split_stays_when_the_folder_grows(self, run_dir: Path, tmp_path: Path):
+        data = tmp_path / "data"
+        shutil.copytree(run_dir / "phantom", data)
+        removed = shutil.move(data / "BraTS20_Training_008", tmp_path / "aside")
+        first = Path(prepare(tmp_path / "out", dataset_dir=str(data))).read_text()
+        shutil.move(removed, data / "BraTS20_Training_008")
+        assert Path(prepare(tmp_path / "out", dataset_dir=str(data))).read_text() == first
+
+    def test_refuses_the_datalist_of_another_folder(self, run_dir: Path, tmp_path: Path):
+        data = tmp_path / "data"
+        shutil.copytree(run_dir / "phantom", data)
+        with pytest.raises(ValueError, match=r"was made from .*but the cases are now in"):
+            prepare(run_dir, dataset_dir=str(data))
+
+
+class TestTrainingCases:
+    def cases(self, run_dir: Path, **changed: Any) -> list[dict[str, Any]]:
+        datalist = str(run_dir / "datalist.json")
+        return training_cases(datalist, dataset="brats", modalities=MODALITIES, **changed)
+
+    def test_simulates_the_rates_exactly(self, run_dir: Path):
+        cases = self.cases(run_dir, missing_rates=[0.6, 0.4, 0.2, 0.8], seed=1)
+        assert datalist_presence(cases, MODALITIES).sum(axis=0).tolist() == [2, 3, 4, 1]
+
+    def test_takes_the_presence_from_a_file(self, run_dir: Path, tmp_path: Path):
+        ids = [case["case"] for case in self.cases(run_dir)]
+        presence = [[n % 2 == 0, True, False, n == 1] for n in range(len(ids))]
+        write_presence(tmp_path / "presence.json", ids, presence, modalities=MODALITIES)
+        cases = self.cases(run_dir, presence_file=str(tmp_path / "presence.json"))
+        assert [case["presence"] for case in cases] == presence
+
+    def test_names_cases_that_the_file_lacks(self, run_dir: Path, tmp_path: Path):
+        write_presence(tmp_path / "presence.json", ["other"], [[True] * 4], modalities=MODALITIES)
+        with pytest.raises(ValueError, match="has no row for the training cases"):
+            self.cases(run_dir, presence_file=str(tmp_path / "presence.json"))
+
+    def test_refuses_rates_and_a_file_together(self, run_dir: Path):
+        with pytest.raises(ValueError, match="not both"):
+            self.cases(run_dir, missing_rates=[0.0] * 4, presence_file="presence.json")
+
+
+class TestInferenceCases:
+    def cases(self, **changed: Any) -> list[dict[str, Any]]:
+        arguments: dict[str, Any] = {"dataset_dir": None, "files": None, "output_dir": "out", "missing_rates": None}
+        arguments |= {"modalities": MODALITIES, "phantom": PHANTOM, "seed": 0}
+        return inference_cases("brats", **(arguments | changed))
+
+    def test_phantoms_lack_modalities_and_labels(self, run_dir: Path):
+        cases = self.cases(output_dir=str(run_dir), missing_rates=[0.5] * 4)
+        assert datalist_presence(cases, MODALITIES).sum(axis=0).tolist() == [4, 4, 4, 4]
+        assert not any("label" in case for case in cases)
+
+    def test_a_folder_is_taken_as_it_is(self, run_dir: Path):
+        cases = self.cases(dataset_dir=str(run_dir / "phantom"), missing_rates=[0.5] * 4)
+        assert datalist_presence(cases, MODALITIES).all()
+
+    def test_a_single_case_is_named_after_its_first_file(self):
+        assert self.cases(files={"t2": "/data/b_t2.nii.gz", "t1": "/data/b_t1.nii"})[0]["case"] == "b_t1"
+        assert self.cases(files={"t2": "/data/b_t2.nii.gz", "case": "Jo"})[0]["case"] == "Jo"
+
+    @pytest.mark.parametrize("files", [{}, {"case": "x"}, {"t3": "a.nii"}, {"t1": "a.nii", "label": "b.nii"}])
+    def test_refuses_what_is_not_a_modality(self, files: dict[str, str]):
+        with pytest.raises(ValueError, match="files must give a path for one or more of"):
+            self.cases(files=files)

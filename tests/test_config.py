@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from passion_monai.config import find_bundle_root
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundles" / "my_bundle"
+    (folder / "configs").mkdir(parents=True)
+    (folder / "configs" / "metadata.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("cwd", [".", "bundles", "bundles/my_bundle"])
+def test_from_the_working_directory(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cwd: str):
+    monkeypatch.chdir(tmp_path / cwd)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert find_bundle_root("my_bundle") == str(bundle)
+
+
+@pytest.mark.parametrize("form", ["{}", "['{}','other.yaml']", "--config_file={}"])
+def test_from_the_configuration_on_the_command_line(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = form.format(bundle / "configs" / "train.yaml")
+    monkeypatch.setattr(sys, "argv", ["program", "run", "--config_file", config])
+    assert find_bundle_root("my_bundle") == str(bundle)
+
+
+def test_not_found_names_the_way_out(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(FileNotFoundError, match="give it as --bundle_root"):
+        find_bundle_root("my_bundle")
