@@ -1,4 +1,4 @@
-"""Figures of a run: its training, scores, predictions. `python -m passion_monai.evaluation.figures RUN_DIR` draws all."""
+"""Figures of a run: training, scores, predictions. `python -m passion_monai.evaluation.figures RUN_DIR` draws all."""
 
 from __future__ import annotations
 

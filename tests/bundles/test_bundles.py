@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,8 @@ def test_the_baseline_trains_too(tmp_path: Path, objective: str):
 
 
 def test_modality_dropout_trains_on_complete_cases(tmp_path: Path):
-    overrides = {"modality_dropout": True, "missing_rates": "None"}
+    overrides = {"modality_dropout": True, "simulate_missing": False}
     log = succeed(BUNDLES[0], "train", output_dir=str(tmp_path), epochs=1, val_interval=1, **overrides)
-    assert "missing rates: " in log
+    rates = re.search(r"missing rates: (.*)", log)
+    assert rates is not None
+    assert set(re.findall(r"\d\.\d+", rates[1])) == {"0.000"}
