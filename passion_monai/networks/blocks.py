@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,17 @@ from monai.networks.layers.factories import Act, Conv, Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DecoderStage", "Encoder", "NormActConv", "TransformerLayer", "UNetDecoder", "conv", "upsample"]
+__all__ = [
+    "ConvBlock",
+    "ConvNormAct",
+    "DecoderStage",
+    "Encoder",
+    "NormActConv",
+    "TransformerLayer",
+    "UNetDecoder",
+    "conv",
+    "upsample",
+]
 
 NEGATIVE_SLOPE = 0.2
 
@@ -31,11 +42,14 @@ def conv(
     return layer
 
 
-class NormActConv(nn.Sequential):
-    """Instance norm, leaky ReLU, convolution (the pre-activation order of mmFormer).
+class ConvBlock(nn.Sequential):
+    """A convolution with instance norm and leaky ReLU, which have no parameters, before or after it.
 
-    The norm is over the input and has no parameters, so an all-zero channel stays all-zero up to the convolution.
+    Args:
+        padding_mode: of the convolution.
     """
+
+    order: tuple[str, ...]
 
     def __init__(
         self,
@@ -47,12 +61,32 @@ class NormActConv(nn.Sequential):
         stride: int = 1,
         padding_mode: str = "reflect",
     ) -> None:
-        super().__init__()
-        self.norm = Norm[Norm.INSTANCE, spatial_dims](in_channels)
-        self.act = Act[Act.LEAKYRELU](negative_slope=NEGATIVE_SLOPE)
-        self.conv = conv(
-            spatial_dims, in_channels, out_channels, kernel_size=kernel_size, stride=stride, padding_mode=padding_mode
-        )
+        normed = in_channels if self.order[0] == "norm" else out_channels
+        parts = {
+            "norm": Norm[Norm.INSTANCE, spatial_dims](normed),
+            "act": Act[Act.LEAKYRELU](negative_slope=NEGATIVE_SLOPE),
+            "conv": conv(
+                spatial_dims,
+                in_channels,
+                out_channels,
+                kernel_size=kernel_size,
+                stride=stride,
+                padding_mode=padding_mode,
+            ),
+        }
+        super().__init__(OrderedDict((name, parts[name]) for name in self.order))
+
+
+class NormActConv(ConvBlock):
+    """Norm, activation, convolution: the order of mmFormer."""
+
+    order = ("norm", "act", "conv")
+
+
+class ConvNormAct(ConvBlock):
+    """Convolution, norm, activation: the order of RFNet and M2FTrans."""
+
+    order = ("conv", "norm", "act")
 
 
 def upsample(x: Tensor, scale_factor: int | None = None, *, size: Sequence[int] | None = None) -> Tensor:
@@ -77,24 +111,28 @@ class EncoderStage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder of a single modality with pre-activation blocks; the size halves and the width doubles per level.
+    """Encoder of a single modality; the size halves and the width doubles per level.
+
+    Args:
+        block: order of the convolution blocks.
 
     Shape:
         - Input: [B, 1, H, W(, D)].
         - Output: one tensor per level, level l (from 0) is [B, width * 2^l, H / 2^l, W / 2^l(, D / 2^l)].
     """
 
-    def __init__(self, spatial_dims: int, width: int, num_levels: int) -> None:
+    def __init__(self, spatial_dims: int, width: int, num_levels: int, *, block: type[ConvBlock]) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
         # The first convolution sees raw intensities: no norm and activation before it.
-        entry: nn.Module = conv(spatial_dims, 1, width, padding_mode="reflect")
+        bare = block is NormActConv
+        entry = conv(spatial_dims, 1, width, padding_mode="reflect") if bare else block(spatial_dims, 1, width)
         channels = width
         for level in range(num_levels):
             if level > 0:
-                entry = NormActConv(spatial_dims, channels, 2 * channels, stride=2)
+                entry = block(spatial_dims, channels, 2 * channels, stride=2)
                 channels *= 2
-            pair = [NormActConv(spatial_dims, channels, channels) for _ in range(2)]
+            pair = [block(spatial_dims, channels, channels) for _ in range(2)]
             self.stages.append(EncoderStage(entry, *pair))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -113,15 +151,16 @@ class DecoderStage(nn.Module):
         - Output: [B, C, 2h, 2w(, 2d)].
 
     Args:
+        block: order of the convolution blocks.
         skip_first: whether the skip connection comes first in the channel concatenation. It changes nothing but the
             order of the weights, which the reference implementations do not agree on.
     """
 
-    def __init__(self, spatial_dims: int, channels: int, *, skip_first: bool) -> None:
+    def __init__(self, spatial_dims: int, channels: int, *, block: type[ConvBlock], skip_first: bool) -> None:
         super().__init__()
-        self.reduce = NormActConv(spatial_dims, 2 * channels, channels)
-        self.merge = NormActConv(spatial_dims, 2 * channels, channels)
-        self.project = NormActConv(spatial_dims, channels, channels, kernel_size=1)
+        self.reduce = block(spatial_dims, 2 * channels, channels)
+        self.merge = block(spatial_dims, 2 * channels, channels)
+        self.project = block(spatial_dims, channels, channels, kernel_size=1)
         self.skip_first = skip_first
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -133,15 +172,21 @@ class DecoderStage(nn.Module):
 class UNetDecoder(nn.Module):
     """Plain U-Net decoder from one modality's features to logits, shared by all modalities ("decoder_sep").
 
+    Args:
+        block: order of the convolution blocks.
+
     Shape:
         - Input: the output of :class:`Encoder`.
         - Output: [B, num_classes, H, W(, D)].
     """
 
-    def __init__(self, spatial_dims: int, width: int, num_levels: int, num_classes: int) -> None:
+    def __init__(
+        self, spatial_dims: int, width: int, num_levels: int, num_classes: int, *, block: type[ConvBlock]
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
-            DecoderStage(spatial_dims, width * 2**level, skip_first=False) for level in reversed(range(num_levels - 1))
+            DecoderStage(spatial_dims, width * 2**level, block=block, skip_first=False)
+            for level in reversed(range(num_levels - 1))
         )
         self.head = conv(spatial_dims, width, num_classes, kernel_size=1, padding_mode="zeros")
 

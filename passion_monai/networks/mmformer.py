@@ -90,14 +90,14 @@ class MMFormer(Backbone):
             return conv(spatial_dims, in_channels, out_channels, kernel_size=1, padding_mode="zeros")
 
         each = range(num_modalities)
-        self.encoders = nn.ModuleList(Encoder(spatial_dims, width, NUM_LEVELS) for _ in each)
+        self.encoders = nn.ModuleList(Encoder(spatial_dims, width, NUM_LEVELS, block=NormActConv) for _ in each)
         self.to_tokens = nn.ModuleList(pointwise(deepest, token_channels) for _ in each)
         self.intra_transformers = nn.ModuleList(transformer() for _ in each)
         self.position_embeddings = nn.Parameter(torch.zeros(num_modalities, num_tokens, token_channels))
         self.inter_transformer = transformer()
         self.from_tokens = pointwise(num_modalities * token_channels, num_modalities * deepest)
         self.fusion_decoder = FusionDecoder(spatial_dims, num_modalities, num_classes, width=width)
-        self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes)
+        self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=NormActConv)
 
     def encode_modality(self, image: Tensor, modality: int) -> Features:
         """Five levels of convolutional features and the modality's tokens as a map; see the base class."""
@@ -147,7 +147,9 @@ class FusionDecoder(nn.Module):
         super().__init__()
         channels = [width * 2**level for level in range(NUM_LEVELS)]
         self.fusions = nn.ModuleList(ModalityFusion(spatial_dims, num_modalities, c) for c in channels)
-        self.stages = nn.ModuleList(DecoderStage(spatial_dims, c, skip_first=True) for c in channels[:-1])
+        self.stages = nn.ModuleList(
+            DecoderStage(spatial_dims, c, block=NormActConv, skip_first=True) for c in channels[:-1]
+        )
         self.heads = nn.ModuleList(
             conv(spatial_dims, c, num_classes, kernel_size=1, padding_mode="zeros") for c in channels
         )
