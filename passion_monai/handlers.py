@@ -14,7 +14,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import Tensor
 
 from passion_monai.losses import PassionLoss
-from passion_monai.preference import epoch_preference, update_beta
+from passion_monai.preference import epoch_preference, gap_preference, rescale_beta, update_beta
 
 __all__ = ["FileCheckpoint", "PreferenceHandler", "TrainingLog"]
 
@@ -48,18 +48,34 @@ class PreferenceHandler:
     ``beta_m <- beta_m - gamma * sum_n(relative_preference[n, m]) / sum_n(presence[n, m])``, sums over all ranks. The
     state of beta is in the loss, and `state_dict` holds the history of beta and of the epochs' preference; put both
     into the checkpoint and attach this handler before the checkpoint's. The new values are put into
-    ``engine.state.metrics`` as ``relative_preference_<modality>`` and ``beta_<modality>``.
+    ``engine.state.metrics`` as ``beta_<modality>``.
 
     Args:
         loss: the loss of the trainer that this is attached to.
         modalities: names of the M modalities.
         gamma: updating rate, 0.01 in the paper; 0 leaves beta as it is and still measures the preference.
+        from_mean_gaps: take the preference of an epoch from its mean gaps, see
+            :func:`passion_monai.preference.gap_preference`, instead of Eq. (12).
+        limits: clamp beta to this range and rescale it after each update, see
+            :func:`passion_monai.preference.rescale_beta`.
+        boost: factor of gamma in the first epoch and in every `boost_interval`-th after it.
+        boost_interval: epochs between boosts.
 
     Raises:
         ValueError: when `modalities` does not fit the loss or gamma is negative.
     """
 
-    def __init__(self, loss: PassionLoss, modalities: Sequence[str], *, gamma: float = 0.01) -> None:
+    def __init__(
+        self,
+        loss: PassionLoss,
+        modalities: Sequence[str],
+        *,
+        gamma: float = 0.01,
+        from_mean_gaps: bool = False,
+        limits: tuple[float, float] | None = None,
+        boost: float = 1.0,
+        boost_interval: int = 100,
+    ) -> None:
         if len(modalities) != len(loss.beta):
             raise ValueError(f"modalities must name the loss's {len(loss.beta)} modalities, got {list(modalities)}.")
         if gamma < 0:
@@ -67,8 +83,17 @@ class PreferenceHandler:
         self.loss = loss
         self.modalities = tuple(modalities)
         self.gamma = gamma
+        self.from_mean_gaps = from_mean_gaps
+        self.limits = limits
+        self.boost = boost
+        self.boost_interval = boost_interval
         self.history: list[dict[str, list[float]]] = []
-        self._preference = _RunningMean()
+        self._mean = _RunningMean()
+
+    @classmethod
+    def released(cls, loss: PassionLoss, modalities: Sequence[str], *, gamma: float = 0.01) -> PreferenceHandler:
+        """The update of beta in the authors' code, to go with :meth:`passion_monai.losses.PassionLoss.released`."""
+        return cls(loss, modalities, gamma=gamma, from_mean_gaps=True, limits=(0.1, 4.0), boost=1.5)
 
     def attach(self, engine: Engine) -> None:
         """Listen to a trainer whose loss function is `loss`."""
@@ -84,15 +109,16 @@ class PreferenceHandler:
         self.history = list(state["history"])
 
     def _accumulate(self) -> None:
-        self._preference.update(self.loss.terms["relative_preference"])
+        self._mean.update(self.loss.terms["gap" if self.from_mean_gaps else "relative_preference"])
 
     def _update(self, engine: Engine) -> None:
-        preference = epoch_preference(*self._preference.sums())
-        self.loss.beta.copy_(update_beta(self.loss.beta, preference, self.gamma))
-        values = {"relative_preference": preference.tolist(), "beta": self.loss.beta.tolist()}
-        self.history.append(values)
-        for name, numbers in values.items():
-            engine.state.metrics |= _by_modality(name, numbers, self.modalities)
+        sums = self._mean.sums()
+        preference = gap_preference(*sums) if self.from_mean_gaps else epoch_preference(*sums)
+        boosted = (engine.state.epoch - 1) % self.boost_interval == 0
+        beta = update_beta(self.loss.beta, preference, self.gamma * (self.boost if boosted else 1.0))
+        self.loss.beta.copy_(beta if self.limits is None else rescale_beta(beta, self.limits))
+        self.history.append({"relative_preference": preference.tolist(), "beta": self.loss.beta.tolist()})
+        engine.state.metrics |= _by_modality("beta", self.loss.beta.tolist(), self.modalities)
 
 
 class TrainingLog:

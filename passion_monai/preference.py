@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["epoch_preference", "initial_beta", "relative_preference", "task_mask", "update_beta"]
+__all__ = [
+    "epoch_preference",
+    "gap_preference",
+    "initial_beta",
+    "relative_preference",
+    "rescale_beta",
+    "task_mask",
+    "update_beta",
+]
 
 
 def relative_preference(gap: Tensor, presence: Tensor) -> Tensor:
@@ -45,6 +53,27 @@ def epoch_preference(preference_sum: Tensor, sample_count: Tensor) -> Tensor:
         sample_count: number of samples that had each modality, [M]; a modality that none had gets 0.
     """
     return torch.where(sample_count > 0, preference_sum / sample_count.clamp_min(1), 0)
+
+
+def gap_preference(gap_sum: Tensor, sample_count: Tensor) -> Tensor:
+    """Preference of an epoch as the authors' code has it, instead of Eq. (12): from the mean gaps of the epoch.
+
+    ``1 - mean_gap_m / mean over modalities of mean_gap``; a modality that no sample had is left out and gets 0.
+
+    Args:
+        gap_sum: sum over samples of the semantic gap D of Eq. (7), [M].
+        sample_count: number of samples that had each modality, [M].
+    """
+    seen = sample_count > 0
+    mean_gap = torch.where(seen, gap_sum / sample_count.clamp_min(1), 0)
+    overall = mean_gap.sum() / seen.sum().clamp_min(1)
+    return torch.where(seen & (overall > 0), 1 - mean_gap / overall.clamp_min(torch.finfo(mean_gap.dtype).tiny), 0)
+
+
+def rescale_beta(beta: Tensor, limits: tuple[float, float]) -> Tensor:
+    """Clamp beta [M] to `limits`, then scale it to the L2 norm of M ones, as the authors' code does after an update."""
+    clamped = beta.clamp(*limits)
+    return clamped * (len(beta) ** 0.5 / float(clamped.norm()))
 
 
 def initial_beta(presence: Tensor) -> Tensor:
