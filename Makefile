@@ -14,9 +14,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 BUNDLE := bundles/brats_mmformer_passion/configs
 BUNDLE_RUN := $(BIN)/python -m monai.bundle run
 DEMO_OUTPUT := demo_output
-DEMO := --output_dir $(DEMO_OUTPUT)
 # Small enough for the CPU of a laptop; a real training takes the values in the configuration.
-DEMO_TRAINING := --epochs 2
+DEMO := --output_dir $(DEMO_OUTPUT) --roi_size '[32,32,32]' --spacing '[4.0,4.0,4.0]' --num_workers 0 \
+	--phantom::shape '[48,48,48]' --phantom::spacing '[4.0,4.0,4.0]'
+DEMO_TRAINING := --epochs 40 --val_interval 20 --learning_rate 1.0e-3
 
 export PYTHONUNBUFFERED := 1
 
@@ -29,9 +30,10 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Train, evaluate, predict and draw figures on a phantom cohort
 	$(BUNDLE_RUN) training --config_file $(BUNDLE)/train.yaml $(DEMO) $(DEMO_TRAINING)
 	$(BUNDLE_RUN) --config_file $(BUNDLE)/evaluate.yaml $(DEMO)
-	$(BUNDLE_RUN) --config_file $(BUNDLE)/inference.yaml $(DEMO)
+	$(BUNDLE_RUN) --config_file $(BUNDLE)/inference.yaml $(DEMO) --ckpt_path $(DEMO_OUTPUT)/models/model.pt
 	$(BIN)/python -m passion_monai.evaluation.figures $(DEMO_OUTPUT)
 	@echo
+	@echo "Done, on a phantom cohort: simulated brains, not patients. Look at"
 	@echo "Figures:      $(DEMO_OUTPUT)/figures/"
 	@echo "Scores:       $(DEMO_OUTPUT)/evaluation/table.md"
 	@echo "Predictions:  $(DEMO_OUTPUT)/predictions/"
