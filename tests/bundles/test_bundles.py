@@ -215,10 +215,10 @@ def test_configurations_are_what_their_fragments_make():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("objective", ["baseline"])
-def test_the_baseline_trains_too(tmp_path: Path, objective: str):
-    succeed(BUNDLES[0], "train", output_dir=str(tmp_path), epochs=1, val_interval=1, objective=objective)
-    assert "loss_regularisation_" in (tmp_path / "training.csv").read_text()
+@pytest.mark.parametrize(("objective", "column"), [("baseline", "loss_regularisation_"), ("released", "beta_")])
+def test_other_objectives_train_too(tmp_path: Path, objective: str, column: str):
+    succeed(BUNDLES[0], "train", output_dir=str(tmp_path), epochs=1, val_interval=2, objective=objective)
+    assert column in (tmp_path / "training.csv").read_text()
 
 
 def test_modality_dropout_trains_on_complete_cases(tmp_path: Path):
