@@ -17,7 +17,7 @@ DEMO_OUTPUT := demo_output
 # Small enough for the CPU of a laptop; a real training takes the values in the configuration.
 DEMO := --output_dir $(DEMO_OUTPUT) --roi_size '[32,32,32]' --spacing '[4.0,4.0,4.0]' --num_workers 0 \
 	--phantom::shape '[48,48,48]' --phantom::spacing '[4.0,4.0,4.0]'
-DEMO_TRAINING := --epochs 40 --val_interval 20 --learning_rate 1.0e-3
+DEMO_TRAINING := --epochs 30 --val_interval 15 --learning_rate 1.0e-3
 
 export PYTHONUNBUFFERED := 1
 

@@ -263,7 +263,7 @@ class TestSaveSegmentationd:
         assert record["modalities_used"] == ["b", "c"]
         assert record["modalities_missing"] == ["a"]
         assert record["labels"] == {"none": 0, "edge": 2, "core": 4}
-        assert record["files"] == {"b": case["b"], "c": case["c"]}
+        assert record["files"] == {"a": None, "b": case["b"], "c": case["c"]}
         written = np.asarray(nib.load(tmp_path / "out" / "case1_seg.nii.gz").dataobj)
         assert record["region_volumes_ml"]["whole"] == pytest.approx((written > 0).sum() * 8 / 1000, abs=1e-3)
         assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]

@@ -160,8 +160,7 @@ def plot_prediction(record_file: str | Path, *, label_file: str | Path | None = 
     record = json.loads(record_file.read_text(encoding="utf-8"))
     values = list(record["labels"].values())
     image = nib.as_closest_canonical(nib.load(record_file.with_suffix(".nii.gz")))
-    volumes: dict[str, ArrayLike | None] = {name: _read_volume(path) for name, path in record["files"].items()}
-    volumes |= dict.fromkeys(record["modalities_missing"])
+    volumes = {name: None if path is None else _read_volume(path) for name, path in record["files"].items()}
     figure = plot_overlay(
         volumes,
         [volume is not None for volume in volumes.values()],

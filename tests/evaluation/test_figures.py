@@ -217,11 +217,11 @@ class TestPredictions:
         classes[4:6, 5:7, 2:5] = 2
         record = {
             "case": "x",
-            "modalities_missing": ["b"],
-            "files": {name: str(folder / f"{name}.nii.gz") for name in ("a", "c")},
+            "files": {"a": str(folder / "a.nii.gz"), "b": None, "c": str(folder / "c.nii.gz")},
             "labels": {"background": 0, "edge": 4, "core": 2},
         }
-        for path in (*record["files"].values(), folder / "predictions" / "x_seg.nii.gz", folder / "label.nii.gz"):
+        images = [path for path in record["files"].values() if path]
+        for path in (*images, folder / "predictions" / "x_seg.nii.gz", folder / "label.nii.gz"):
             volume = classes if "seg" in str(path) or "label" in str(path) else rng.normal(size=classes.shape)
             nib.save(nib.Nifti1Image(volume, np.diag([-1.0, -1.0, 2.0, 1.0])), path)
         path = folder / "predictions" / "x_seg.json"
@@ -233,8 +233,8 @@ class TestPredictions:
         label = tmp_path / "label.nii.gz" if with_label else None
         figure = plot_prediction(self.write(tmp_path), label_file=label)
         titles = [ax.get_title() for ax in figure.axes]
-        assert titles == ["a", "c", "b", *(["label"] if with_label else []), "prediction"]
-        assert [text.get_text() for text in figure.axes[2].texts] == ["not acquired"]
+        assert titles == ["a", "b", "c", *(["label"] if with_label else []), "prediction"]
+        assert [text.get_text() for text in figure.axes[1].texts] == ["not acquired"]
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["edge", "core", *(["outline of the label"] if with_label else [])]
 
