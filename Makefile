@@ -82,5 +82,5 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
-	$(PIP_INSTALL) -e ".[demo,dev]"
+	$(PIP_INSTALL) -e ".[demo,export,dev]"
 	@touch $(VENV)/.demo $@

@@ -73,7 +73,8 @@ def gap_preference(gap_sum: Tensor, sample_count: Tensor) -> Tensor:
 def rescale_beta(beta: Tensor, limits: tuple[float, float]) -> Tensor:
     """Clamp beta [M] to `limits`, then scale it to the L2 norm of M ones, as the authors' code does after an update."""
     clamped = beta.clamp(*limits)
-    return clamped * (len(beta) ** 0.5 / float(clamped.norm()))
+    scale: Tensor = len(beta) ** 0.5 / torch.linalg.vector_norm(clamped)
+    return clamped * scale
 
 
 def initial_beta(presence: Tensor) -> Tensor:

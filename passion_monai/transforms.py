@@ -371,8 +371,8 @@ class RestoreClassesd(MapTransform):
 class SaveSegmentationd(MapTransform):
     """Write a class map as ``<case>_seg.nii.gz`` with the data set's label values, and ``<case>_seg.json`` beside it.
 
-    The JSON file says which modalities were used, which were missing, the file of each (null for a missing one), and the
-    volume of each region in millilitres. A file under its final name is complete.
+    The JSON file says which modalities were used, which were missing, the file of each (null for a missing one), and
+    the volume of each region in millilitres. A file under its final name is complete.
 
     Args:
         keys: key of the class map, int [1, H, W, D] with the affine of the file to write.

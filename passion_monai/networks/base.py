@@ -104,6 +104,8 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: when shapes do not fit the network or a sample has no modality.
         """
+        if _is_exporting():
+            return self._encode_all(image, presence)
         presence = self._checked_presence(image, presence)
         encoded = {}
         for modality in range(self.num_modalities):
@@ -111,6 +113,16 @@ class Backbone(nn.Module, ABC):
             if rows.any():
                 encoded[modality] = self.encode_modality(image[rows, modality : modality + 1], modality)
         return _stack_modalities(encoded, presence)
+
+    def _encode_all(self, image: Tensor, presence: Tensor) -> Features:
+        """The same without branches that depend on `presence`, so that an exported graph serves every combination."""
+        encoded = []
+        for modality in range(self.num_modalities):
+            rows = presence[:, modality].view(-1, *[1] * (image.ndim - 1))
+            # Zeros before and after the encoder: NaN in an absent modality would survive a multiplication.
+            levels = self.encode_modality(torch.where(rows, image[:, modality : modality + 1], 0.0), modality)
+            encoded.append([torch.where(rows, level, 0.0) for level in levels])
+        return tuple(torch.stack(level, dim=1) for level in zip(*encoded, strict=True))
 
     def forward(self, image: Tensor, presence: Tensor | None = None) -> Tensor:
         """Logits [B, K, H, W(, D)] from the modalities in `presence`, by default from all of them."""
@@ -133,6 +145,11 @@ class Backbone(nn.Module, ABC):
         if not bool(presence.any(dim=1).all()):
             raise ValueError("presence has a sample without any modality; every sample needs at least one.")
         return presence.bool().expand(len(image), -1)
+
+
+def _is_exporting() -> bool:
+    """Whether the network is being traced for TorchScript or exported for ONNX."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def _stack_modalities(encoded: Mapping[int, Features], presence: Tensor) -> Features:

@@ -27,7 +27,14 @@ NEGATIVE_SLOPE = 0.2
 
 
 def conv(
-    spatial_dims: int, in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1, padding_mode: str
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernel_size: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    padding_mode: str,
 ) -> nn.Module:
     """Convolution with bias that keeps the size at stride 1, with Kaiming-normal weights."""
     layer = Conv[Conv.CONV, spatial_dims](
@@ -36,6 +43,7 @@ def conv(
         kernel_size=kernel_size,
         stride=stride,
         padding=kernel_size // 2,
+        groups=groups,
         padding_mode=padding_mode,
     )
     nn.init.kaiming_normal_(layer.weight)
@@ -198,21 +206,30 @@ class UNetDecoder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without bias on queries, keys and values. Shape: [B, T, C] -> [B, T, C]."""
+    """Multi-head self-attention without bias on queries, keys and values. Shape: [B, T, C] -> [B, T, C].
+
+    What is added to the scores before the softmax, [B or 1, 1, T, T], is -inf where a query must not see a key.
+    """
 
     def __init__(self, channels: int, num_heads: int, dropout_rate: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.scale = (channels // num_heads) ** -0.5
         self.dropout_rate = dropout_rate
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.project = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, heads, C / heads]
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each [B, heads, T, C / heads]."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, x: Tensor, score_bias: Tensor | None = None) -> Tensor:
+        query, key, value = self.heads(x)
         dropout_rate = self.dropout_rate if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_rate)  # [B, heads, T, C / heads]
+        x = F.scaled_dot_product_attention(
+            query, key, value, score_bias, dropout_rate, scale=self.scale
+        )  # [B, heads, T, C / heads]
         return self.dropout(self.project(x.transpose(1, 2).flatten(2)))
 
 
@@ -226,6 +243,6 @@ class TransformerLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(channels)
         self.mlp = MLPBlock(channels, mlp_channels, dropout_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, score_bias: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), score_bias)
         return x + self.mlp(self.mlp_norm(x))
