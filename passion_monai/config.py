@@ -5,7 +5,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-__all__ = ["find_bundle_root"]
+__all__ = ["check_switches", "find_bundle_root"]
+
+
+def check_switches(**switches: object) -> None:
+    """Refuse anything but True and False for the ids of a configuration that turn something on or off.
+
+    The command line takes ``--resume false`` for the text "false", which would count as true.
+
+    Raises:
+        ValueError: naming the id and what it was given.
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False (with a capital on the command line), got {value!r}.")
 
 
 def find_bundle_root(name: str) -> str:

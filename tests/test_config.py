@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from passion_monai.config import find_bundle_root
+from passion_monai.config import check_switches, find_bundle_root
 
 
 @pytest.fixture
@@ -40,3 +40,10 @@ def test_not_found_names_the_way_out(bundle: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(FileNotFoundError, match="give it as --bundle_root"):
         find_bundle_root("my_bundle")
+
+
+@pytest.mark.parametrize("value", ["false", "True", 0, None])
+def test_switches_are_true_or_false(value: object):
+    check_switches(a=True, b=False)
+    with pytest.raises(ValueError, match=f"b must be True or False .*, got {value!r}"):
+        check_switches(a=True, b=value)

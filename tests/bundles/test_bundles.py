@@ -43,7 +43,7 @@ def run(bundle: str, workflow: str, *, cwd: Path = ROOT, **overrides: Any) -> su
     command += ["training"] if workflow == "train" else []
     command += ["--config_file", str(ROOT / "bundles" / bundle / "configs" / f"{workflow}.yaml")]
     for name, value in (SMALL | overrides).items():
-        command += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        command += [f"--{name}", str(value)]
     environment = os.environ | {"MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
@@ -157,7 +157,7 @@ class TestInference:
             bundle,
             "inference",
             output_dir=str(tmp_path),
-            files=json.dumps({name: str(path), "case": "patient 7"}),
+            files={name: str(path), "case": "patient 7"},
             ckpt_path=str(output_dir / "models" / "model.pt"),
         )
         record = json.loads((tmp_path / "predictions" / "patient 7_seg.json").read_text())
@@ -219,6 +219,12 @@ def test_configurations_are_what_their_fragments_make():
 def test_other_objectives_train_too(tmp_path: Path, objective: str, column: str):
     succeed(BUNDLES[0], "train", output_dir=str(tmp_path), epochs=1, val_interval=2, objective=objective)
     assert column in (tmp_path / "training.csv").read_text()
+
+
+def test_a_switch_that_is_neither_true_nor_false_is_refused(tmp_path: Path):
+    result = run(BUNDLES[0], "train", output_dir=str(tmp_path), resume="false")
+    assert result.returncode != 0
+    assert "resume must be True or False" in result.stderr
 
 
 def test_modality_dropout_trains_on_complete_cases(tmp_path: Path):
