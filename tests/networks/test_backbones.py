@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from passion_monai.distillation import SelfDistillation
 from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.presence import combinations
 
-CASES = [(name, spatial_dims, num) for name in BACKBONES for spatial_dims, num in [(2, 2), (2, 4), (3, 3)]]
+CASES = list(itertools.product(BACKBONES, (2, 3), (2, 3, 4)))  # backbone, spatial_dims, num_modalities
 # Sizes that build in an instant; a backbone that is not named here is built as it is by default.
 SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32},
