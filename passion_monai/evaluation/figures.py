@@ -190,7 +190,7 @@ def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None
     ax.set_yscale("log", nonpositive="mask")
     ax.set(title="Loss", ylabel="loss, mean of the epoch")
     ax.plot([], [], "--", color=_GREY, label="pixel distillation of a modality")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper right")
 
 
 def _plot_by_modality(
