@@ -73,6 +73,7 @@ def training_cases(
     *,
     dataset: str,
     modalities: Sequence[str],
+    root: str | None = None,
     missing_rates: Sequence[float] | None = None,
     presence_file: str | None = None,
     seed: int = 0,
@@ -83,6 +84,7 @@ def training_cases(
         datalist: path of the datalist.
         dataset: name of the data set's layout.
         modalities: names of the M modalities.
+        root: folder that the datalist's paths are relative to, where it is no longer the one in the file.
         missing_rates: rate in [0, 1) per modality to simulate on complete cases; None to train on what there is.
         presence_file: JSON or CSV file with the presence of each case, instead of `missing_rates`.
         seed: of the simulation.
@@ -90,7 +92,7 @@ def training_cases(
     Raises:
         ValueError: when both are given, rates cannot be met, or a case is not in the file.
     """
-    cases = read_datalist(datalist, "training", modalities=modalities)
+    cases = read_datalist(datalist, "training", modalities=modalities, root=root)
     if missing_rates is not None and presence_file is not None:
         raise ValueError("Give missing_rates or presence_file, not both.")
     if missing_rates is not None:

@@ -65,6 +65,11 @@ class TestTrainingCases:
         cases = self.cases(run_dir, missing_rates=[0.6, 0.4, 0.2, 0.8], seed=1)
         assert datalist_presence(cases, MODALITIES).sum(axis=0).tolist() == [2, 3, 4, 1]
 
+    def test_a_moved_folder_is_given_as_root(self, run_dir: Path, tmp_path: Path):
+        shutil.copytree(run_dir / "phantom", tmp_path / "moved")
+        cases = self.cases(run_dir, root=str(tmp_path / "moved"))
+        assert all(Path(case["t1"]).is_relative_to(tmp_path / "moved") for case in cases)
+
     def test_takes_the_presence_from_a_file(self, run_dir: Path, tmp_path: Path):
         ids = [case["case"] for case in self.cases(run_dir)]
         presence = [[n % 2 == 0, True, False, n == 1] for n in range(len(ids))]
