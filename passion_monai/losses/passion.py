@@ -11,7 +11,7 @@ from passion_monai.distillation import DistillationOutput
 from passion_monai.losses.pixel import PixelDistillationLoss
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.losses.segmentation import SegmentationLoss, modality_regularisation
-from passion_monai.networks.base import DecoderOutput
+from passion_monai.networks.base import DecoderOutput, select_rows
 from passion_monai.preference import relative_preference, task_mask
 
 __all__ = ["PassionLoss"]
@@ -173,7 +173,6 @@ def _per_modality(name: str, values: Sequence[float] | Tensor | None, num_modali
 
 
 def _select(output: DecoderOutput, rows: Tensor) -> DecoderOutput:
-    """A decoder's output for some samples of the batch; nothing is copied where all are selected."""
-    if bool(rows.all()):
-        return output
-    return DecoderOutput(output.logits[rows], tuple(logits[rows] for logits in output.auxiliary), output.features[rows])
+    """A decoder's output for some samples of the batch."""
+    logits, features, *auxiliary = select_rows((output.logits, output.features, *output.auxiliary), rows)
+    return DecoderOutput(logits, tuple(auxiliary), features)

@@ -9,6 +9,7 @@ Papers:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +79,7 @@ class MMFormer(Backbone):
             raise ValueError(f"token_order must be one of {TOKEN_ORDERS}, got {token_order!r}.")
         self.token_order = token_order
         self.grid = tuple(size // self.stride for size in self.img_size)
-        num_tokens = int(torch.tensor(self.grid).prod())
+        num_tokens = math.prod(self.grid)
         deepest = width * self.stride
 
         def transformer() -> TransformerLayer:
