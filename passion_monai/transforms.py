@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import itk
 import nibabel as nib
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from monai.transforms import (
     CropForeground,
     LoadImage,
     MapTransform,
+    Orientation,
     RandomizableTransform,
     ResampleToMatch,
     SpatialCrop,
@@ -37,6 +39,7 @@ __all__ = [
     "RandMaskModalitiesd",
     "RestoreClassesd",
     "SaveSegmentationd",
+    "SelectSliced",
     "StackModalitiesd",
 ]
 
@@ -122,6 +125,7 @@ class RandMaskModalitiesd(RandomizableTransform, MapTransform):
 class LoadCased(MapTransform):
     """Read the files of the modalities that a case has, and its label if it has one, as float32 [1, H, W(, D)].
 
+    NIfTI is read by nibabel; NRRD, MetaImage and the folder of a DICOM series by ITK. A case may mix formats.
     Also puts ``files`` into the case, the path of each modality that was read.
 
     Args:
@@ -138,7 +142,10 @@ class LoadCased(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.label_key = label_key
         self.spatial_dims = spatial_dims
-        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
+        self.loaders = {
+            reader: LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32)
+            for reader in ("NibabelReader", "ITKReader")
+        }
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         loaded = dict(data)
@@ -157,7 +164,7 @@ class LoadCased(MapTransform):
 
     def _read(self, data: Data, key: Hashable) -> MetaTensor:
         try:
-            image: MetaTensor = self.load(data[key])
+            image = self._load(str(data[key]))
         # Readers of several libraries stand behind this, each with errors of its own.
         except Exception as error:
             raise ValueError(
@@ -173,6 +180,22 @@ class LoadCased(MapTransform):
             raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
         return image
 
+    def _load(self, path: str) -> MetaTensor:
+        reader = "NibabelReader" if path.endswith((".nii", ".nii.gz")) else "ITKReader"
+        if Path(path).is_dir() and (count := _count_series(path)) != 1:
+            raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
+        image: MetaTensor = self.loaders[reader](path)
+        return image
+
+
+def _count_series(folder: str) -> int:
+    """How many DICOM series a folder holds, told apart as MONAI's reader does, which takes the first of them."""
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.AddSeriesRestriction("0008|0021")  # date of the series
+    names.SetDirectory(folder)
+    return len(names.GetSeriesUIDs())
+
 
 def _where(data: Data, key: Hashable) -> str:
     """Which file of which case an error is about."""
@@ -181,6 +204,8 @@ def _where(data: Data, key: Hashable) -> str:
 
 class AlignModalitiesd(MapTransform):
     """Make sure that all modalities of a case (and its label) lie on the grid of the first modality present.
+
+    What has the same grid with its axes in another order or direction, as formats differ in it, is turned, exactly.
 
     Args:
         keys: names of the M modalities.
@@ -204,9 +229,11 @@ class AlignModalitiesd(MapTransform):
         first, *others = _present(data, self.keys)
         if self.label_key is not None and self.label_key in data:
             others.append(self.label_key)
+        turn = Orientation(axcodes="".join(nib.aff2axcodes(data[first].affine)), labels=None)
         for key in others:
             if not _same_grid(data[first], data[key]):
-                aligned[key] = self._resample(data, key, first)
+                turned: MetaTensor = turn(data[key])  # type: ignore[assignment]
+                aligned[key] = turned if _same_grid(data[first], turned) else self._resample(data, key, first)
         return aligned
 
     def _resample(self, data: Data, key: Hashable, first: Hashable) -> MetaTensor:
@@ -296,6 +323,34 @@ class LabelsToClassesd(MapTransform):
         return converted
 
 
+class SelectSliced(MapTransform):
+    """Take one slice of a volume, as plain tensors [1, H, W]: a slice by itself has no place in the patient's space.
+
+    Args:
+        keys: names of the M modalities.
+        label_key: key of the label, which a case may lack.
+        slice_key: key of the slice's number along the last axis; it is removed.
+
+    Raises:
+        ValueError: when the volume has no such slice; the message names the case.
+    """
+
+    def __init__(self, keys: Sequence[str], *, label_key: str = "label", slice_key: str = "slice") -> None:
+        super().__init__([*keys, label_key], allow_missing_keys=True)
+        self.slice_key = slice_key
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        selected = dict(data)
+        index = selected.pop(self.slice_key)
+        for key in self.key_iterator(selected):
+            if not 0 <= index < data[key].shape[-1]:
+                raise ValueError(
+                    f"Case {data.get('case')}: {key} has {data[key].shape[-1]} slices, none is number {index}."
+                )
+            selected[key] = _plain(data[key])[..., index]
+        return selected
+
+
 class StackModalitiesd(MapTransform):
     """Stack the modalities of a case to ``image`` [M, H, W(, D)] with zeros where missing, and ``presence`` bool [M].
 
@@ -319,7 +374,8 @@ class StackModalitiesd(MapTransform):
             raise ValueError(f"Case {data.get('case')}: the modalities differ in shape: {shapes}; align them first.")
         reference = data[first]
         channels = [_plain(data[key] if key in data else torch.zeros_like(reference)) for key in self.keys]
-        stacked["image"] = MetaTensor(torch.cat(channels), meta=reference.meta)
+        image = torch.cat(channels)
+        stacked["image"] = MetaTensor(image, meta=reference.meta) if isinstance(reference, MetaTensor) else image
         stacked["presence"] = torch.tensor([key in data for key in self.keys])
         return stacked
 
@@ -408,7 +464,8 @@ class SaveSegmentationd(MapTransform):
     def _save(self, data: Data, prediction: MetaTensor) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         classes = prediction.as_tensor()[0].cpu().numpy()
-        values = np.asarray([int(value) for value in data.get("label_values", self.values)], dtype=np.uint8)
+        values = np.asarray([int(value) for value in data.get("label_values", self.values)])
+        values = values.astype(np.result_type(*map(np.min_scalar_type, values.tolist())))  # the smallest that holds all
         image = nib.Nifti1Image(values[classes], prediction.affine.cpu().numpy())
         image.header.set_xyzt_units("mm")
         record = self._record(data, classes, float(np.prod(image.header.get_zooms()[:3])), values)

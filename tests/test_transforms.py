@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, NormalizeIntensityd, Orientationd, Spacingd
+from monai.transforms import Compose, NormalizeIntensityd, Orientationd, RandRotated, Spacingd, SpatialPadd
 
 from passion_monai.transforms import (
     AlignModalitiesd,
@@ -21,6 +21,7 @@ from passion_monai.transforms import (
     RandMaskModalitiesd,
     RestoreClassesd,
     SaveSegmentationd,
+    SelectSliced,
     StackModalitiesd,
 )
 
@@ -273,3 +274,48 @@ def test_stacking_refuses_different_shapes():
     data = {"case": "x", "a": MetaTensor(torch.ones(1, 2, 2, 2)), "b": MetaTensor(torch.ones(1, 2, 2, 3))}
     with pytest.raises(ValueError, match="Case x: the modalities differ in shape"):
         StackModalitiesd(MODALITIES)(data)
+
+
+class TestSelectSliced:
+    def load(self, make_case: MakeCase, **more: Any) -> dict[Any, Any]:
+        return LoadCased(MODALITIES)(make_case(modalities=("a", "c")) | more)
+
+    def test_takes_the_slice_of_images_and_label(self, make_case: MakeCase):
+        case = self.load(make_case)
+        selected = SelectSliced(MODALITIES)(case | {"slice": 4})
+        assert "slice" not in selected
+        for key in ("a", "c", "label"):
+            assert type(selected[key]) is torch.Tensor
+            assert torch.equal(selected[key], case[key].as_tensor()[..., 4])
+
+    def test_slices_go_through_the_random_transforms(self, make_case: MakeCase):
+        selected = SelectSliced(MODALITIES)(self.load(make_case) | {"slice": 4})
+        keys = [*MODALITIES, "label"]
+        augment = Compose(
+            [
+                SpatialPadd(keys, spatial_size=(16, 16), allow_missing_keys=True),
+                RandRotated(keys, prob=1.0, range_x=0.1745, allow_missing_keys=True),
+                StackModalitiesd(MODALITIES),
+            ]
+        )
+        sample = augment(selected)
+        assert sample["image"].shape == (3, 16, 16)
+        assert sample["presence"].tolist() == [True, False, True]
+        assert not sample["image"][1].any()
+
+    @pytest.mark.parametrize("index", [-1, 10])
+    def test_names_the_case_that_has_no_such_slice(self, make_case: MakeCase, index: int):
+        with pytest.raises(ValueError, match=f"Case case1: a has 10 slices, none is number {index}"):
+            SelectSliced(MODALITIES)(self.load(make_case) | {"slice": index})
+
+
+def test_label_values_that_need_two_bytes_are_written(make_case: MakeCase, tmp_path: Path):
+    case = pipeline()(make_case())
+    classes = MetaTensor(torch.zeros(1, 12, 14, 10, dtype=torch.int16), affine=case["image"].affine)
+    classes[0, 3, 3, 3] = 1
+    names = ("background", "scar")
+    save = SaveSegmentationd(
+        output_dir=tmp_path, modalities=MODALITIES, values=(0, 2221), class_names=names, regions={}
+    )
+    save(case | {"pred": classes})
+    assert np.unique(nib.load(tmp_path / "case1_seg.nii.gz").dataobj).tolist() == [0, 2221]

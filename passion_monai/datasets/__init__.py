@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["DATASETS", "DatasetSpec", "discover", "get_spec"]
 
-DATASETS: tuple[str, ...] = ("brats",)
+DATASETS: tuple[str, ...] = ("brats", "myops")
 
 
 @dataclass(frozen=True)

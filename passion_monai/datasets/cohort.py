@@ -16,11 +16,13 @@ from passion_monai.datasets.datalist import (
     split_cases,
     write_datalist,
 )
-from passion_monai.datasets.phantom import write_brain_phantom
+from passion_monai.datasets.discovery import strip_extension
+from passion_monai.datasets.phantom import write_phantom
 from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence
+from passion_monai.transforms import LoadCased
 
-__all__ = ["inference_cases", "prepare_datalist", "training_cases"]
+__all__ = ["inference_cases", "prepare_datalist", "training_cases", "validation_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def prepare_datalist(
         dataset_dir: folder of the cases.
         datalist: path of a datalist.
         output_dir: folder of the run.
-        phantom: arguments of :func:`passion_monai.datasets.phantom.write_brain_phantom` but the folder.
+        phantom: arguments of :func:`passion_monai.datasets.phantom.write_phantom` but name and folder.
         seed: of the split.
 
     Raises:
@@ -56,7 +58,7 @@ def prepare_datalist(
     if datalist is not None:
         return datalist
     path = Path(output_dir) / "datalist.json"
-    root = Path(dataset_dir) if dataset_dir is not None else _phantom(output_dir, phantom)
+    root = Path(dataset_dir) if dataset_dir is not None else _phantom(dataset, output_dir, phantom)
     if path.is_file():
         _check_root(path, root)
         return str(path)
@@ -76,9 +78,13 @@ def training_cases(
     root: str | None = None,
     missing_rates: Sequence[float] | None = None,
     presence_file: str | None = None,
+    slices: bool = False,
     seed: int = 0,
 ) -> list[Case]:
     """The training cases, each with its row of the presence matrix where missing modalities are simulated.
+
+    With `slices` each slice of a case is a sample of its own, with its number under the key ``slice``; what a patient
+    lacks is missing in all slices.
 
     Args:
         datalist: path of the datalist.
@@ -87,6 +93,7 @@ def training_cases(
         root: folder that the datalist's paths are relative to, where it is no longer the one in the file.
         missing_rates: rate in [0, 1) per modality to simulate on complete cases; None to train on what there is.
         presence_file: JSON or CSV file with the presence of each case, instead of `missing_rates`.
+        slices: whether to train on slices, along the last axis of the files, instead of volumes.
         seed: of the simulation.
 
     Raises:
@@ -113,7 +120,18 @@ def training_cases(
         f"{name} {rate:.3f}" for name, rate in zip(modalities, realised_missing_rates(presence), strict=True)
     )
     logger.info(f"{len(cases)} training cases, missing rates: {rates}")
-    return cases
+    return _expand_slices(cases, modalities) if slices else cases
+
+
+def validation_cases(datalist: str, *, modalities: Sequence[str], root: str | None = None) -> list[Case]:
+    """The validation cases; none where the datalist's split has none, as that of MyoPS, and training then goes without.
+
+    The arguments are those of :func:`training_cases`.
+    """
+    if not json.loads(Path(datalist).read_text(encoding="utf-8")).get("validation"):
+        logger.warning(f"{datalist} has no validation cases: the weights of the last epoch are kept, not the best.")
+        return []
+    return read_datalist(datalist, "validation", modalities=modalities, root=root)
 
 
 def inference_cases(
@@ -146,10 +164,22 @@ def inference_cases(
         return [_single_case(files, modalities)]
     if dataset_dir is not None:
         return _without_labels(discover(dataset, dataset_dir))
-    cases = _without_labels(discover(dataset, _phantom(output_dir, phantom)))
+    cases = _without_labels(discover(dataset, _phantom(dataset, output_dir, phantom)))
     if missing_rates is not None:
         cases = apply_presence(cases, simulate_presence(len(cases), missing_rates, seed=seed), modalities)
     return cases
+
+
+def _expand_slices(cases: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
+    """One sample per slice, counted in the first modality that a case has, on whose grid the others are brought."""
+    load = LoadCased(modalities)
+    samples = []
+    for case in cases:
+        first = modalities[int(datalist_presence([case], modalities)[0].argmax())]
+        volume = load({"case": case["case"], first: case[first]})[first]
+        samples += [{**case, "slice": index} for index in range(volume.shape[-1])]
+    logger.info(f"They have {len(samples)} slices.")
+    return samples
 
 
 def _without_labels(cases: Sequence[Case]) -> list[Case]:
@@ -157,12 +187,12 @@ def _without_labels(cases: Sequence[Case]) -> list[Case]:
     return [{key: value for key, value in case.items() if key != "label"} for case in cases]
 
 
-def _phantom(output_dir: str, phantom: Mapping[str, Any]) -> Path:
+def _phantom(dataset: str, output_dir: str, phantom: Mapping[str, Any]) -> Path:
     folder = Path(output_dir) / "phantom"
     logger.warning(
         f"No dataset_dir is given: this runs on the PHANTOM cohort in {folder}, which is not patients' data."
     )
-    write_brain_phantom(folder, **phantom)
+    write_phantom(dataset, folder, **phantom)
     return folder
 
 
@@ -180,4 +210,4 @@ def _single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
     if unknown or not set(files) & set(modalities):
         raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {dict(files)}.")
     first = next(Path(files[name]) for name in modalities if name in files)
-    return {"case": first.name.removesuffix(".gz").removesuffix(".nii"), **files}
+    return {"case": strip_extension(first.name), **files}

@@ -286,7 +286,7 @@ def _with_absolute_paths(case: Case, where: str, modalities: Sequence[str], root
     absolute = dict(case)
     for key in _file_keys(case, modalities):
         file = root / case[key]
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(
                 f"{where}: {key} {file} does not exist. If the data lie somewhere else than "
                 f"{root}, pass that folder as root; if the modality is missing, leave out its key."

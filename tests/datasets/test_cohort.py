@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 
-from passion_monai.datasets.cohort import inference_cases, prepare_datalist, training_cases
+from passion_monai.datasets.cohort import inference_cases, prepare_datalist, training_cases, validation_cases
 from passion_monai.datasets.datalist import datalist_presence
 from passion_monai.presence import write_presence
 
 PHANTOM = {"num_cases": 8, "shape": (16, 16, 16), "spacing": (12.0, 12.0, 12.0), "seed": 0}
 MODALITIES = ("flair", "t1ce", "t1", "t2")
+MYOPS = ("bssfp", "lge", "t2")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,46 @@ class TestTrainingCases:
             self.cases(run_dir, missing_rates=[0.0] * 4, presence_file="presence.json")
 
 
+@pytest.fixture(scope="module")
+def datalist(tmp_path_factory: pytest.TempPathFactory) -> str:
+    arguments: dict[str, Any] = {"dataset_dir": None, "datalist": None, "seed": 0}
+    arguments["phantom"] = {"num_cases": 5, "shape": (16, 16, 5), "spacing": (12.0, 12.0, 10.0), "seed": 0}
+    return prepare_datalist("myops", output_dir=str(tmp_path_factory.mktemp("run")), **arguments)
+
+
+class TestSlices:
+    """MyoPS: networks are trained on slices, and the paper's split has no validation cases."""
+
+    def test_every_slice_is_a_sample_with_its_patients_modalities(self, datalist: str):
+        arguments: dict[str, Any] = {"dataset": "myops", "modalities": MYOPS, "missing_rates": [0.25, 0.5, 0.75]}
+        volumes = training_cases(datalist, **arguments)
+        slices = training_cases(datalist, slices=True, **arguments)
+        assert [case["case"] for case in volumes] == list(dict.fromkeys(case["case"] for case in slices))
+        for volume in volumes:
+            own = [case for case in slices if case["case"] == volume["case"]]
+            assert [case["slice"] for case in own] == list(range(nib.load(volume["bssfp"]).shape[2]))
+            assert all(case["presence"] == volume["presence"] for case in own)
+        assert len({len([case for case in slices if case["case"] == volume["case"]]) for volume in volumes}) > 1
+
+    def test_a_hidden_modality_is_not_read_for_the_number_of_slices(self, datalist: str, tmp_path: Path):
+        content = json.loads(Path(datalist).read_text())
+        entry = content["training"][0]
+        bad = Path(content["root"]) / "broken.nii.gz"
+        bad.write_bytes(b"no image")
+        entry |= {"bssfp": bad.name, "presence": [False, True, True]}
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        cases = training_cases(str(tmp_path / "list.json"), dataset="myops", modalities=MYOPS, slices=True)
+        assert cases[0]["slice"] == 0
+
+    def test_without_validation_cases_it_goes_on_and_says_so(self, datalist: str, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.WARNING):
+            assert validation_cases(datalist, modalities=MYOPS) == []
+        assert "the weights of the last epoch are kept" in caplog.text
+
+    def test_validation_cases_are_read_where_there_are_some(self, run_dir: Path):
+        assert len(validation_cases(str(run_dir / "datalist.json"), modalities=MODALITIES)) == 1
+
+
 class TestInferenceCases:
     def cases(self, **changed: Any) -> list[dict[str, Any]]:
         arguments: dict[str, Any] = {"dataset_dir": None, "files": None, "output_dir": "out", "missing_rates": None}
@@ -105,6 +147,8 @@ class TestInferenceCases:
     def test_a_single_case_is_named_after_its_first_file(self):
         assert self.cases(files={"t2": "/data/b_t2.nii.gz", "t1": "/data/b_t1.nii"})[0]["case"] == "b_t1"
         assert self.cases(files={"t2": "/data/b_t2.nii.gz", "case": "Jo"})[0]["case"] == "Jo"
+        assert self.cases(files={"t2": "/data/b_t2.nrrd"})[0]["case"] == "b_t2"
+        assert self.cases(files={"t2": "/data/series.1"})[0]["case"] == "series.1"
 
     @pytest.mark.parametrize("files", [{}, {"case": "x"}, {"t3": "a.nii"}, {"t1": "a.nii", "label": "b.nii"}])
     def test_refuses_what_is_not_a_modality(self, files: dict[str, str]):
