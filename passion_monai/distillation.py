@@ -11,29 +11,36 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from passion_monai.losses.prototype import PrototypeDistillationLoss
+from passion_monai.losses.segmentation import stack_columns
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, select_rows
+from passion_monai.precision import autocast
+from passion_monai.preference import relative_preference, task_mask
 
 __all__ = ["DistillationOutput", "SelfDistillation"]
+
+OWN_PREDICTIONS = ("none", "all", "neglected")
 
 
 class DistillationOutput(NamedTuple):
     """The passes of one training step.
 
     Attributes:
-        presence: bool [B, M].
+        presence: bool [B, M], in the CPU's memory, since it decides what is computed.
         fused: the teacher, from all modalities that a sample has.
         students: M outputs of the same decoder given one modality alone, each on the samples that `student_rows`
             selects; None where there is no such sample or students were not asked for.
-        own_predictions: M logits by the shared decoder, each on the samples that have the modality; None where no
-            sample has it or they were not asked for.
+        own_predictions: M logits by the shared decoder, each on the samples that `own_rows` selects; None where there
+            is no such sample.
+        own_rows: samples that have an own prediction of each modality, bool [B, M], in the CPU's memory.
     """
 
     presence: Tensor
     fused: DecoderOutput
     students: tuple[DecoderOutput | None, ...]
     own_predictions: tuple[Tensor | None, ...]
+    own_rows: Tensor
 
     @property
     def student_rows(self) -> Tensor:
@@ -51,40 +58,93 @@ class SelfDistillation(nn.Module):
     Args:
         backbone: the network that is trained; it is all that is needed afterwards.
         students: whether to run one pass per present modality alone (PASSION).
-        own_predictions: whether to run the shared decoder on each present modality (Baseline).
+        own_predictions: which present modalities the shared decoder is run on: "none", "all" (Baseline), or those that
+            are "neglected", delta of Eq. (11), because an objective uses no others; these need students and a label.
+        precision: that of the passes, one of :data:`passion_monai.precision.PRECISIONS`; what they put out is float32
+            in any case, for the losses.
 
     Shape:
-        - Input: image [B, M, H, W(, D)], presence bool [B, M].
+        - Input: image [B, M, H, W(, D)], presence bool [B, M], label int [B, 1, H, W(, D)] if needed.
         - Output: :class:`DistillationOutput`.
+
+    Raises:
+        ValueError: when `own_predictions` is none of these.
     """
 
-    def __init__(self, backbone: Backbone, *, students: bool = True, own_predictions: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        students: bool = True,
+        own_predictions: str = "none",
+        precision: str = "float32",
+    ) -> None:
         super().__init__()
+        if own_predictions not in OWN_PREDICTIONS:
+            raise ValueError(f"own_predictions must be one of {OWN_PREDICTIONS}, got {own_predictions!r}.")
         self.backbone = backbone
         self.students = students
         self.own_predictions = own_predictions
+        self.precision = precision
 
-    def forward(self, image: Tensor, presence: Tensor) -> DistillationOutput:
-        features = self.backbone.encode(image, presence)
-        fused = self.backbone.decode(features, presence)
-        none: tuple[None, ...] = (None,) * self.backbone.num_modalities
-        output = DistillationOutput(presence, fused, none, none)
-        if self.students:
-            output = output._replace(students=self._run_students(features, output.student_rows))
-        if self.own_predictions:
-            output = output._replace(own_predictions=self._run_own_predictions(features, presence))
-        return output
+    def forward(self, image: Tensor, presence: Tensor, label: Tensor | None = None) -> DistillationOutput:
+        presence = presence.cpu()
+        with autocast(image.device, self.precision):
+            features = self.backbone.encode(image, presence)
+            fused = self.backbone.decode(features, presence)
+            none: tuple[None, ...] = (None,) * self.backbone.num_modalities
+            output = DistillationOutput(presence, fused, none, none, torch.zeros_like(presence))
+            if self.students:
+                output = output._replace(students=self._run_students(features, output.student_rows))
+            if self.own_predictions != "none":
+                rows = presence if self.own_predictions == "all" else self._neglected(output, label)
+                output = output._replace(own_predictions=self._run_own_predictions(features, rows), own_rows=rows)
+        return output if self.precision == "float32" else _to_float32(output)
 
     def _run_students(self, features: Features, rows: Tensor) -> tuple[DecoderOutput | None, ...]:
-        modalities = torch.arange(rows.shape[1], device=rows.device)
-        one_hot = F.one_hot(modalities).bool()
+        students: list[DecoderOutput | None] = []
+        for modality, maps in enumerate(features):
+            if maps is None or not rows[:, modality].any():
+                students.append(None)
+                continue
+            alone: list[tuple[Tensor, ...] | None] = [None] * len(features)
+            alone[modality] = select_rows(maps, rows[:, modality])
+            students.append(self.backbone.decode(tuple(alone), torch.arange(len(features))[None] == modality))
+        return tuple(students)
+
+    @torch.no_grad()
+    def _neglected(self, output: DistillationOutput, label: Tensor | None) -> Tensor:
+        """Where delta of Eq. (11) is 1, bool [B, M]; as the loss finds it too, from the same features."""
+        if label is None:
+            raise ValueError('own_predictions="neglected" needs the label.')
+        if not any(output.students):
+            return torch.zeros_like(output.presence)
+        loss = PrototypeDistillationLoss(self.backbone.num_classes)
+        targets = loss.targets(output.fused.features, label)
+        gaps = [
+            None if student is None else loss.to_targets(student.features, select_rows(targets, rows))[1]
+            for student, rows in zip(output.students, output.student_rows.unbind(dim=1), strict=True)
+        ]
+        gap = stack_columns(gaps, output.student_rows, label.device).cpu()
+        return task_mask(relative_preference(gap, output.presence)).bool()
+
+    def _run_own_predictions(self, features: Features, rows: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(
-            self.backbone.decode(select_rows(features, rows[:, m]), one_hot[m : m + 1]) if rows[:, m].any() else None
-            for m in range(rows.shape[1])
+            None
+            if maps is None or not rows[:, modality].any()
+            else self.backbone.decode_modality(select_rows(maps, rows[:, modality]))
+            for modality, maps in enumerate(features)
         )
 
-    def _run_own_predictions(self, features: Features, presence: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(
-            self.backbone.decode_modality(select_rows(features, presence[:, m]), m) if presence[:, m].any() else None
-            for m in range(presence.shape[1])
+
+def _to_float32(output: DistillationOutput) -> DistillationOutput:
+    def convert(decoded: DecoderOutput) -> DecoderOutput:
+        return DecoderOutput(
+            decoded.logits.float(), tuple(logits.float() for logits in decoded.auxiliary), decoded.features.float()
         )
+
+    return output._replace(
+        fused=convert(output.fused),
+        students=tuple(None if student is None else convert(student) for student in output.students),
+        own_predictions=tuple(None if logits is None else logits.float() for logits in output.own_predictions),
+    )

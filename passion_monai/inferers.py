@@ -10,6 +10,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
 from passion_monai.networks.base import Backbone
+from passion_monai.precision import autocast
 from passion_monai.presence import combinations
 
 __all__ = ["CombinationInferer", "PresenceInferer"]
@@ -18,32 +19,44 @@ __all__ = ["CombinationInferer", "PresenceInferer"]
 class PresenceInferer(SlidingWindowInferer):
     """Class probabilities of whole volumes from the modalities that each has.
 
-    The arguments are those of :class:`monai.inferers.SlidingWindowInferer`. Softmax comes before the windows are
-    averaged. Each volume's own presence goes with all of its windows, whatever `sw_batch_size` is.
+    Softmax comes before the windows are
+    averaged. Each volume's own presence goes with all of its windows, whatever `sw_batch_size` is. A volume given to a
+    network in 2-D is predicted slice by slice along its last axis.
+
+    Args:
+        precision: of the network, one of :data:`passion_monai.precision.PRECISIONS`; probabilities are float32.
+        kwargs: those of :class:`monai.inferers.SlidingWindowInferer`.
 
     Shape:
         - inputs: [B, M, H, W(, D)]; presence: bool [B, M].
         - Output: [B, K, H, W(, D)].
     """
 
+    def __init__(self, *, precision: str = "float32", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.precision = precision
+
     def __call__(self, inputs: Tensor, network: Backbone, presence: Tensor) -> Tensor:  # type: ignore[override]
-        volumes = [
-            self._infer_volume(inputs[n : n + 1], network, presence[n : n + 1].to(inputs.device))
-            for n in range(len(inputs))
-        ]
+        with autocast(inputs.device, self.precision):
+            volumes = [
+                self._infer_volume(inputs[n : n + 1], network, presence[n : n + 1].to(inputs.device))
+                for n in range(len(inputs))
+            ]
         return torch.cat(volumes)
 
     def _infer_volume(self, volume: Tensor, network: Backbone, presence: Tensor) -> Tensor:
         def predict(windows: Tensor) -> Tensor:
             return network(windows, presence.expand(len(windows), -1)).float().softmax(dim=1)
 
-        return self._slide(volume, predict)
+        return self._slide(volume, network, predict)
 
-    def _slide(self, volume: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
-        result = super().__call__(volume, predict)
+    def _slide(self, volume: Tensor, network: Backbone, predict: Callable[[Tensor], Tensor]) -> Tensor:
+        by_slice = volume.ndim - 2 > network.spatial_dims
+        images = volume[0].movedim(-1, 0) if by_slice else volume  # [D, M, H, W]
+        result = super().__call__(images, predict)
         if not isinstance(result, Tensor):
             raise TypeError(f"the network must put out one tensor, got {type(result).__name__}.")
-        return result
+        return result.movedim(0, -1)[None] if by_slice else result
 
 
 class CombinationInferer(PresenceInferer):
@@ -51,7 +64,7 @@ class CombinationInferer(PresenceInferer):
 
     Args:
         num_modalities: M.
-        kwargs: those of :class:`monai.inferers.SlidingWindowInferer`.
+        kwargs: those of :class:`PresenceInferer`.
 
     Shape:
         - inputs: [B, M, H, W(, D)]; presence: bool [B, M].
@@ -72,7 +85,7 @@ class CombinationInferer(PresenceInferer):
             outputs = [network.decode(features, combination[None]).logits for combination in combinations_[available]]
             return torch.stack([logits.float().softmax(dim=1) for logits in outputs], dim=1).flatten(1, 2)
 
-        probabilities = self._slide(volume, predict).unflatten(1, (int(available.sum()), network.num_classes))
+        probabilities = self._slide(volume, network, predict).unflatten(1, (int(available.sum()), network.num_classes))
         result = probabilities.new_full((1, len(available), *probabilities.shape[2:]), torch.nan)
         result[:, available] = probabilities
         return result

@@ -1,7 +1,9 @@
-"""Small cases written as NIfTI, for all tests."""
+"""Small cases written as NIfTI, and what processors can do, for all tests."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,25 @@ import numpy as np
 import pytest
 
 MODALITIES = ("a", "b", "c")
+BFLOAT16_STEPS = """
+import torch
+from passion_monai.networks import BACKBONES
+
+for name, spatial_dims in [*[(name, 2) for name in BACKBONES], ("rfnet", 3)]:
+    network = BACKBONES[name](spatial_dims, 2, 2, img_size=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(torch.randn(1, 2, *[32] * spatial_dims))
+    logits.float().sum().backward()
+"""
+
+
+@pytest.fixture(scope="session")
+def bfloat16() -> None:
+    """Skips where a processor, as some virtual machines show it, kills the process at bfloat16 instructions."""
+    process = subprocess.run([sys.executable, "-c", BFLOAT16_STEPS], capture_output=True, text=True, check=False)
+    if process.returncode < 0:
+        pytest.skip(f"bfloat16 ends the process with signal {-process.returncode} on this processor")
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.fixture

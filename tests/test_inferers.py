@@ -76,3 +76,24 @@ def test_a_volume_smaller_than_the_window_keeps_its_size(network: MMFormer):
         result = PresenceInferer(**WINDOWS)(volumes()[..., :20, :25], network, torch.ones(1, 3, dtype=torch.bool))
     assert result.shape == (1, 3, 20, 25)
     torch.testing.assert_close(result.sum(dim=1), torch.ones(1, 20, 25, dtype=torch.float64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sw_batch_size", [1, 5])
+def test_a_network_in_2d_predicts_a_volume_slice_by_slice(network: MMFormer, sw_batch_size: int):
+    slices, presence = volumes(3), torch.tensor([[True, False, True]])
+    volume = slices.movedim(0, -1)[None]
+    result = PresenceInferer(sw_batch_size=sw_batch_size, **WINDOWS)(volume, network, presence)
+    assert result.shape == (1, 3, 50, 40, 3)
+    for n in range(3):
+        expected = slow_probabilities(network, slices[n : n + 1], presence)
+        torch.testing.assert_close(result[..., n], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_combinations_of_a_volume_slice_by_slice(network: MMFormer):
+    slices, presence = volumes(2), torch.ones(1, 3, dtype=torch.bool)
+    inferer = CombinationInferer(num_modalities=3, sw_batch_size=4, **WINDOWS)
+    result = inferer(slices.movedim(0, -1)[None], network, presence)
+    for n in range(2):
+        torch.testing.assert_close(result[..., n], inferer(slices[n : n + 1], network, presence))

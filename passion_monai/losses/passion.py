@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from passion_monai.distillation import DistillationOutput
 from passion_monai.losses.pixel import PixelDistillationLoss
 from passion_monai.losses.prototype import PrototypeDistillationLoss
-from passion_monai.losses.segmentation import SegmentationLoss, modality_regularisation
-from passion_monai.networks.base import DecoderOutput, select_rows
+from passion_monai.losses.segmentation import SegmentationLoss, modality_regularisation, stack_columns
+from passion_monai.networks.base import select_rows
 from passion_monai.preference import relative_preference, task_mask
+
+if TYPE_CHECKING:
+    from passion_monai.distillation import DistillationOutput
 
 __all__ = ["PassionLoss"]
 
@@ -40,7 +43,8 @@ class PassionLoss(nn.Module):
         lambda_pixel: weight of pixel-wise self-distillation (lambda_1, 0.5 in the paper).
         lambda_prototype: weight of semantic self-distillation (lambda_2, 0.1 in the paper).
         temperature: tau of Eq. (3), 4 in the paper.
-        lambda_regularisation: weight of L_reg (Eq. 2); needs `SelfDistillation(..., own_predictions=True)`.
+        lambda_regularisation: weight of L_reg (Eq. 2); needs the own predictions of at least the neglected modalities,
+            see :class:`passion_monai.distillation.SelfDistillation`.
         modality_weights: M positive factors; 1 for every modality if None.
         use_task_mask: whether only neglected modalities get L_proto (and L_reg): delta, Eq. (11).
         level_decay: weight of level l is `level_decay` to the power l, in L_seg and in L_pixel.
@@ -98,7 +102,8 @@ class PassionLoss(nn.Module):
     def released(cls, num_modalities: int, num_classes: int, *, availability: Sequence[float] | Tensor) -> PassionLoss:
         """The objective of the authors' code. It differs from the paper's, the default, in the following.
 
-        - Own predictions: delta * beta * L_reg is added, which costs one pass of the shared decoder per modality.
+        - Own predictions: delta * beta * L_reg is added, which costs one pass of the shared decoder per neglected
+          modality.
         - Availability N / N_m is a constant factor of all terms of a modality, and beta starts at 1; in the paper it is
           where beta starts.
         - Level l has weight 2^-l instead of 1.
@@ -130,35 +135,39 @@ class PassionLoss(nn.Module):
     def forward(self, output: DistillationOutput, label: Tensor) -> Tensor:
         """Loss, a scalar, from the passes of `SelfDistillation` and the label, int [B, 1, H, W(, D)]."""
         segmentation = self.segmentation(output.fused, label)
+        presence = output.presence.to(label.device)
         pixel, prototype, gap = self._distillation(output, label)
-        preference = relative_preference(gap, output.presence)
-        delta = task_mask(preference) if self.use_task_mask else output.presence.to(prototype)
+        preference = relative_preference(gap, presence)
+        delta = task_mask(preference) if self.use_task_mask else presence.to(prototype)
         beta = self.beta.to(segmentation.device)
         distillation = self.lambda_pixel * beta * pixel + self.lambda_prototype * delta * prototype
         per_modality = {"loss_pixel": pixel, "loss_prototype": prototype, "gap": gap, "relative_preference": preference}
+        self.terms = {"loss_segmentation": segmentation.detach()} | {
+            name: value.detach().masked_fill(~presence, torch.nan) for name, value in per_modality.items()
+        }
         if self.lambda_regularisation:
             regularisation = modality_regularisation(self.segmentation.loss, output, label)
             distillation = distillation + self.lambda_regularisation * delta * beta * regularisation
-            per_modality["loss_regularisation"] = regularisation
-        self.terms = {"loss_segmentation": segmentation.detach()} | {
-            name: value.detach().masked_fill(~output.presence, torch.nan) for name, value in per_modality.items()
-        }
+            skipped = ~output.own_rows.to(label.device)
+            self.terms["loss_regularisation"] = regularisation.detach().masked_fill(skipped, torch.nan)
         return (segmentation + (self.modality_weights.to(beta) * distillation).sum(dim=1)).mean()
 
     def _distillation(self, output: DistillationOutput, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L_pixel, L_proto and D of every sample and modality, each [B, M], 0 where there is no student."""
-        pixel, prototype, gap = (
-            torch.zeros(output.presence.shape, device=label.device, dtype=torch.float32) for _ in range(3)
-        )
-        for modality, student in enumerate(output.students):
+        values: list[tuple[Tensor, ...] | None] = []
+        if any(output.students):
+            teacher = self.pixel.targets(output.fused), self.prototype.targets(output.fused.features, label)
+        for student, rows in zip(output.students, output.student_rows.unbind(dim=1), strict=True):
             if student is None:
-                continue
-            rows = output.student_rows[:, modality]
-            teacher = _select(output.fused, rows)
-            pixel[rows, modality] = self.pixel(student, teacher)
-            prototype[rows, modality], gap[rows, modality] = self.prototype(
-                student.features, teacher.features, label[rows]
-            )
+                values.append(None)
+            else:
+                levels = tuple(select_rows(level, rows) for level in teacher[0])
+                pixel = self.pixel.to_targets(student, levels)
+                values.append((pixel, *self.prototype.to_targets(student.features, select_rows(teacher[1], rows))))
+        pixel, prototype, gap = (
+            stack_columns([None if v is None else v[part] for v in values], output.student_rows, label.device)
+            for part in range(3)
+        )
         return pixel, prototype, gap
 
 
@@ -170,9 +179,3 @@ def _per_modality(name: str, values: Sequence[float] | Tensor | None, num_modali
     if tensor.shape != (num_modalities,) or not bool((tensor > 0).all()):
         raise ValueError(f"{name} must be {num_modalities} positive values, got {values}.")
     return tensor
-
-
-def _select(output: DecoderOutput, rows: Tensor) -> DecoderOutput:
-    """A decoder's output for some samples of the batch."""
-    logits, features, *auxiliary = select_rows((output.logits, output.features, *output.auxiliary), rows)
-    return DecoderOutput(logits, tuple(auxiliary), features)

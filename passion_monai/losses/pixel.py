@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from passion_monai.networks.base import DecoderOutput
-from passion_monai.networks.blocks import upsample
+from passion_monai.networks.blocks import upsample_logits
+from passion_monai.precision import at_least_float32
 
 __all__ = ["PixelDistillationLoss"]
 
@@ -52,23 +55,36 @@ class PixelDistillationLoss(nn.Module):
         self.at_full_size = at_full_size
 
     def forward(self, student: DecoderOutput, teacher: DecoderOutput) -> Tensor:
-        full_size = tuple(student.logits.shape[2:])
-        total = self._divergence(student.logits, teacher.logits, full_size)
-        for level, pair in enumerate(zip(student.auxiliary, teacher.auxiliary, strict=True), start=1):
-            total = total + self.level_decay**level * self._divergence(*pair, full_size)
-        return total
+        return self.to_targets(student, self.targets(teacher))
 
-    def _divergence(self, student: Tensor, teacher: Tensor, full_size: tuple[int, ...]) -> Tensor:
-        log_student = self._log_probabilities(student, full_size)
-        log_teacher = self._log_probabilities(teacher.detach(), full_size)
-        divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=1)
-        return self.temperature**2 * divergence.flatten(1).mean(dim=1)
+    def targets(self, teacher: DecoderOutput) -> tuple[tuple[Tensor, ...], ...]:
+        """What all students of a teacher have in common, without gradient.
 
-    def _log_probabilities(self, logits: Tensor, full_size: tuple[int, ...]) -> Tensor:
-        log_probabilities = (logits.float() / self.temperature).log_softmax(dim=1)
+        Of every level p, [B, K, V], and mean_i(sum_k(p log p)), [B].
+        """
+        with torch.no_grad():
+            return tuple(
+                (log_p.exp(), (log_p.exp() * log_p).sum(dim=1).mean(dim=1))
+                for log_p in self._log_probabilities(teacher)
+            )
+
+    def to_targets(self, student: DecoderOutput, targets: tuple[tuple[Tensor, ...], ...]) -> Tensor:
+        """The loss of a student, [B], from what :meth:`targets` gives for the same samples."""
+        levels = zip(self._log_probabilities(student), targets, strict=True)
+        divergences = [entropy - (p * log_q).sum(dim=1).mean(dim=1) for log_q, (p, entropy) in levels]
+        weighted = [self.level_decay**level * divergence for level, divergence in enumerate(divergences)]
+        return self.temperature**2 * torch.stack(weighted).sum(dim=0)
+
+    def _log_probabilities(self, output: DecoderOutput) -> list[Tensor]:
+        """Softened log-probabilities of every level, [B, K, V]."""
+        size = output.logits.shape[2:]
+        return [self._level(logits, size).flatten(2) for logits in (output.logits, *output.auxiliary)]
+
+    def _level(self, logits: Tensor, full_size: Sequence[int]) -> Tensor:
+        softened = at_least_float32(logits) / self.temperature
         if not (self.at_full_size or self.probability_floor):
-            return log_probabilities
-        probabilities = log_probabilities.exp()
-        if self.at_full_size and tuple(logits.shape[2:]) != full_size:
-            probabilities = upsample(probabilities, size=full_size)
+            return softened.log_softmax(dim=1)
+        probabilities = softened.softmax(dim=1)
+        if self.at_full_size and logits.shape[2:] != full_size:
+            probabilities = upsample_logits(probabilities, full_size)
         return probabilities.clamp_min(self.probability_floor or torch.finfo(probabilities.dtype).tiny).log()

@@ -6,18 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passion_monai.precision import at_least_float32
+
+EPS = 1e-12
+"""Least norm of a feature, that of :func:`torch.nn.functional.normalize`."""
+
 __all__ = ["PrototypeDistillationLoss", "class_prototypes", "prototype_similarity"]
 
 
 def class_prototypes(features: Tensor, one_hot: Tensor) -> Tensor:
-    """Mean feature of each class, Eq. (4): features [B, C, V], one_hot [B, K, V] -> [B, K, C], 0 for absent classes."""
-    counts = one_hot.sum(dim=2, keepdim=True).clamp_min(1)
-    return one_hot @ features.transpose(1, 2) / counts
+    """Mean feature of each class, Eq. (4): features [B, V, C], one_hot [B, K, V] -> [B, K, C], 0 for absent classes."""
+    return one_hot @ features / one_hot.sum(dim=2, keepdim=True).clamp_min(1)
 
 
 def prototype_similarity(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine of every voxel's feature and every prototype, Eqs. (5), (6): [B, C, V], [B, K, C] -> [B, K, V]."""
-    return F.normalize(prototypes, dim=2) @ F.normalize(features, dim=1)
+    """Cosine of every voxel's feature and every prototype, Eqs. (5), (6): [B, V, C], [B, K, C] -> [B, V, K].
+
+    The products come first and are divided by the features' norms afterwards: nothing but them is as large as features.
+    """
+    products = features @ F.normalize(prototypes, dim=2).mT
+    return products / torch.linalg.vector_norm(features, dim=2, keepdim=True).clamp_min(EPS)
 
 
 class PrototypeDistillationLoss(nn.Module):
@@ -41,17 +49,27 @@ class PrototypeDistillationLoss(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, student: Tensor, teacher: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_targets(student, self.targets(teacher, label))
+
+    def targets(self, teacher: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+        """What the students of a teacher have in common: similarity S, [B, V, K], and label as one-hot, [B, K, V]."""
         classes = torch.arange(self.num_classes, device=label.device).view(1, -1, 1)
-        one_hot = (label.flatten(2) == classes).to(torch.float32)
-        difference = self._similarity(student, one_hot) - self._similarity(teacher.detach(), one_hot)
+        one_hot = (label.flatten(2) == classes).to(torch.promote_types(teacher.dtype, torch.float32))
+        with torch.no_grad():
+            return self._similarity(teacher, one_hot), one_hot
+
+    def to_targets(self, student: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The loss and the gap of a student, from what :meth:`targets` gives for the same samples."""
+        similarity, one_hot = targets
+        difference = self._similarity(student, one_hot) - similarity
         # A class that the label lacks has no prototype: it is left out of the mean over classes.
         has_class = one_hot.any(dim=2).to(difference)
         weights = has_class / has_class.sum(dim=1, keepdim=True)
-        loss = (weights * difference.square().mean(dim=2)).sum(dim=1)
-        gap = (weights * difference.detach().abs().mean(dim=2)).sum(dim=1)
+        loss = (weights * difference.square().mean(dim=1)).sum(dim=1)
+        gap = (weights * difference.detach().abs().mean(dim=1)).sum(dim=1)
         return loss, gap
 
     @staticmethod
     def _similarity(features: Tensor, one_hot: Tensor) -> Tensor:
-        flat = features.float().flatten(2)
+        flat = at_least_float32(features).movedim(1, -1).flatten(1, -2)
         return prototype_similarity(flat, class_prototypes(flat, one_hot))

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
-from monai.losses import DiceLoss
 from torch import Tensor, nn
 
-from passion_monai.distillation import DistillationOutput
-from passion_monai.networks.base import DecoderOutput
-from passion_monai.networks.blocks import upsample
+from passion_monai.networks.base import DecoderOutput, select_rows
+from passion_monai.networks.blocks import upsample_logits
+from passion_monai.precision import at_least_float32
+
+if TYPE_CHECKING:
+    from passion_monai.distillation import DistillationOutput
+
+SMOOTHING = 1e-7
+"""Added to the denominator of Dice."""
 
 __all__ = ["DiceWeightedCELoss", "SegmentationLoss", "TaskLoss"]
 
 
-def class_weights(label: Tensor, num_classes: int) -> Tensor:
-    """Cross-entropy weight of each class, ``1 - |{y = k}| / |y|`` per sample: label int [B, 1, ...] -> [B, K]."""
-    counts = torch.stack([(label == k).flatten(1).sum(dim=1) for k in range(num_classes)], dim=1)
-    return 1 - counts / label[0].numel()
+class Target(NamedTuple):
+    """What the losses need of a label, the same for every prediction that is compared with it.
+
+    Attributes:
+        classes: int64 [B, 1, V].
+        one_hot: float [B, K, V].
+        counts: voxels of each class, float [B, K].
+    """
+
+    classes: Tensor
+    one_hot: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, label: Tensor, logits: Tensor) -> Target:
+        """From a label, int [B, 1, H, W(, D)], for predictions of as many classes and the precision of `logits`."""
+        classes = label.flatten(2).long()
+        indices = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1)
+        one_hot = (classes == indices).to(torch.promote_types(logits.dtype, torch.float32))
+        return cls(classes, one_hot, one_hot.sum(dim=2))
+
+    @property
+    def class_weights(self) -> Tensor:
+        """Cross-entropy weight of each class, ``1 - |{y = k}| / |y|`` per sample, [B, K]."""
+        return 1 - self.counts / self.classes.shape[2]
 
 
 class DiceWeightedCELoss(nn.Module):
@@ -37,31 +66,36 @@ class DiceWeightedCELoss(nn.Module):
     def __init__(self, *, probability_floor: float = 0.0) -> None:
         super().__init__()
         self.probability_floor = probability_floor
-        # Only the denominator is smoothed: a class that is neither there nor predicted counts as a miss, as in the
-        # reference implementation, and every voxel wrongly given to it still costs.
-        self.dice = DiceLoss(to_onehot_y=True, smooth_nr=0.0, smooth_dr=1e-7, reduction="none")
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
-        logits = logits.float()
+        return self.from_logits(logits, Target.of(label, logits))
+
+    def from_logits(self, logits: Tensor, target: Target) -> Tensor:
+        """The same with a label that has been prepared."""
+        logits = at_least_float32(logits).flatten(2)
         if self.probability_floor:
-            return self.from_probabilities(logits.softmax(dim=1), label)
-        return self._dice(logits.softmax(dim=1), label) + self._cross_entropy(logits.log_softmax(dim=1), label)
+            return self.from_probabilities(logits.softmax(dim=1), target)
+        log_probabilities = logits.log_softmax(dim=1)
+        log_true = log_probabilities.gather(1, target.classes)
+        return self._sum(log_probabilities.exp(), log_true.exp(), log_true, target)
 
-    def from_probabilities(self, probabilities: Tensor, label: Tensor) -> Tensor:
-        """The same for probabilities [B, K, H, W(, D)], float32, instead of logits."""
-        floor = self.probability_floor or torch.finfo(probabilities.dtype).tiny
-        log_probabilities = probabilities.clamp_min(floor).log()
-        return self._dice(probabilities, label) + self._cross_entropy(log_probabilities, label)
-
-    def _dice(self, probabilities: Tensor, label: Tensor) -> Tensor:
-        return self.dice(probabilities, label).flatten(1).mean(dim=1)
+    def from_probabilities(self, probabilities: Tensor, target: Target) -> Tensor:
+        """The same for probabilities [B, K, V], float32, instead of logits."""
+        true = probabilities.gather(1, target.classes)
+        floor = self.probability_floor or torch.finfo(true.dtype).tiny
+        return self._sum(probabilities, true, true.clamp_min(floor).log(), target)
 
     @staticmethod
-    def _cross_entropy(log_probabilities: Tensor, label: Tensor) -> Tensor:
-        target = label.long()
-        weights = class_weights(label, log_probabilities.shape[1]).to(log_probabilities)
-        voxel_weights = weights.gather(1, target.flatten(1))
-        return -(voxel_weights * log_probabilities.gather(1, target).flatten(1)).mean(dim=1)
+    def _sum(probabilities: Tensor, true: Tensor, log_true: Tensor, target: Target) -> Tensor:
+        """Dice plus cross-entropy from the probabilities [B, K, V] and those of the true classes, [B, 1, V].
+
+        Of the rest only the sums over voxels matter, so that all else is as small as one class.
+        """
+        intersection, log_sums = (torch.cat([true, log_true], dim=1) @ target.one_hot.mT).unbind(dim=1)  # [B, K]
+        # Only the denominator is smoothed: a class that is neither there nor predicted counts as a miss, as in the
+        # reference implementation, and every voxel wrongly given to it still costs.
+        dice = 1 - 2 * intersection / (probabilities.sum(dim=2) + target.counts + SMOOTHING)
+        return dice.mean(dim=1) - (target.class_weights * log_sums).sum(dim=1) / true.shape[2]
 
 
 class SegmentationLoss(nn.Module):
@@ -87,21 +121,23 @@ class SegmentationLoss(nn.Module):
         self.loss = DiceWeightedCELoss(probability_floor=probability_floor)
 
     def forward(self, output: DecoderOutput, label: Tensor) -> Tensor:
-        total = self.loss(output.logits, label)
+        target = Target.of(label, output.logits)
+        total = self.loss.from_logits(output.logits, target)
         for level, logits in enumerate(output.auxiliary, start=1):
-            total = total + self.level_decay**level * self._level(logits, label)
+            total = total + self.level_decay**level * self._level(logits, label.shape[2:], target)
         return total
 
-    def _level(self, logits: Tensor, label: Tensor) -> Tensor:
+    def _level(self, logits: Tensor, size: Sequence[int], target: Target) -> Tensor:
         if self.upsample_probabilities:
-            return self.loss.from_probabilities(upsample(logits.float().softmax(dim=1), size=label.shape[2:]), label)
-        return self.loss(upsample(logits, size=label.shape[2:]), label)
+            probabilities = upsample_logits(at_least_float32(logits).softmax(dim=1), size)
+            return self.loss.from_probabilities(probabilities.flatten(2), target)
+        return self.loss.from_logits(upsample_logits(at_least_float32(logits), size), target)
 
 
 class TaskLoss(nn.Module):
     """The Baseline, Eq. (2): L_seg plus DiceCE of each present modality's own prediction, mean over the batch.
 
-    Needs `SelfDistillation(..., own_predictions=True)`. After each call `terms` holds, without gradient,
+    Needs `SelfDistillation(..., own_predictions="all")`. After each call `terms` holds, without gradient,
     ``loss_segmentation`` [B] and ``loss_regularisation`` [B, M] (NaN where absent).
 
     Args:
@@ -124,16 +160,28 @@ class TaskLoss(nn.Module):
         regularisation = modality_regularisation(self.segmentation.loss, output, label)
         self.terms = {
             "loss_segmentation": segmentation.detach(),
-            "loss_regularisation": regularisation.detach().masked_fill(~output.presence, torch.nan),
+            "loss_regularisation": regularisation.detach().masked_fill(~output.own_rows.to(label.device), torch.nan),
         }
         return (segmentation + regularisation.sum(dim=1)).mean()
 
 
 def modality_regularisation(loss: DiceWeightedCELoss, output: DistillationOutput, label: Tensor) -> Tensor:
     """L_reg of Eq. (2) of every sample and modality, [B, M], 0 where there is no own prediction."""
-    regularisation = torch.zeros(output.presence.shape, device=label.device, dtype=torch.float32)
-    for modality, own in enumerate(output.own_predictions):
-        if own is not None:
-            rows = output.presence[:, modality]
-            regularisation[rows, modality] = loss(own, label[rows])
-    return regularisation
+    columns = [
+        None if own is None else loss(own, select_rows((label,), rows)[0])
+        for own, rows in zip(output.own_predictions, output.own_rows.unbind(dim=1), strict=True)
+    ]
+    return stack_columns(columns, output.own_rows, label.device)
+
+
+def stack_columns(columns: Sequence[Tensor | None], rows: Tensor, device: torch.device) -> Tensor:
+    """A matrix [B, M] from its columns, which have values only where `rows`, bool [B, M], is True, and 0 elsewhere."""
+    stacked = []
+    for column, there in zip(columns, rows.unbind(dim=1), strict=True):
+        if column is not None and there.all():
+            stacked.append(column)
+        else:
+            zeros = torch.zeros(len(rows), device=device, dtype=None if column is None else column.dtype)
+            (indices,) = there.nonzero(as_tuple=True)
+            stacked.append(zeros if column is None else zeros.index_copy(0, indices.to(device), column))
+    return torch.stack(stacked, dim=1)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "DecoderOutput", "Features", "mask_features", "select_rows"]
+from passion_monai.networks.blocks import is_exporting
 
-Features = tuple[Tensor, ...]
-"""Encoded modalities: tensors [B, M, C, h, w(, d)], zero where a modality is absent."""
+__all__ = ["Backbone", "DecoderOutput", "Features", "masked_features", "select_rows"]
+
+Features = tuple[tuple[Tensor, ...] | None, ...]
+"""For each of the M modalities its encoded maps [B, C, h, w(, d)], zero for samples that lack it; None if all do."""
 
 
 class DecoderOutput(NamedTuple):
@@ -31,14 +33,40 @@ class DecoderOutput(NamedTuple):
     features: Tensor
 
 
-def mask_features(features: Tensor, presence: Tensor) -> Tensor:
-    """Zero the modalities that are absent: features [B, M, ...], presence bool [B, M] or [1, M]."""
-    return features * presence.view(*presence.shape, *[1] * (features.ndim - 2)).to(features.dtype)
+def select_rows(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    """Some samples of each of the maps [B, ...], `rows` bool [B]; nothing is copied where all are selected."""
+    return maps if bool(rows.all()) else tuple(map_[rows] for map_ in maps)
 
 
-def select_rows(features: Features, rows: Tensor) -> Features:
-    """The features of some samples of a batch, `rows` bool [B]; nothing is copied where all are selected."""
-    return features if bool(rows.all()) else tuple(level[rows] for level in features)
+def masked_features(features: Features, presence: Tensor) -> dict[int, tuple[Tensor, ...]]:
+    """The maps of the modalities in `presence`, zero for samples where it is False; others are left out.
+
+    Args:
+        features: of M modalities.
+        presence: bool [B, M] or [1, M]. Where it lies on a GPU, this waits for it.
+
+    Raises:
+        ValueError: when a modality in `presence` was not encoded.
+    """
+    if is_exporting():
+        return {modality: _mask(maps, presence[:, modality]) for modality, maps in enumerate(features) if maps}
+    present = {}
+    for modality, rows in enumerate(presence.cpu().unbind(dim=1)):
+        maps = features[modality]
+        if maps is None:
+            if rows.any():
+                raise ValueError(f"presence has modality {modality}, which was not encoded.")
+        elif rows.any():
+            present[modality] = maps if rows.all() else _mask(maps, rows)
+    return present
+
+
+def _mask(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_zero_where_absent(map_, rows) for map_ in maps)
+
+
+def _zero_where_absent(map_: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(rows.to(map_.device).view(-1, *[1] * (map_.ndim - 1)), map_, 0.0)
 
 
 class Backbone(nn.Module, ABC):
@@ -57,6 +85,15 @@ class Backbone(nn.Module, ABC):
     Raises:
         ValueError: when an argument is out of range.
     """
+
+    # What of the parameters belongs to which modality, as regular expressions of their names, so that weights can be
+    # taken over to other modalities (passion_monai.networks.pretrained).
+    modality_modules: tuple[str, ...]
+    """Modules of one modality; the first group is its index."""
+    modality_axes: ClassVar[Mapping[str, int]]
+    """Parameters with one block per modality along an axis, and after the blocks maybe one entry that is of none."""
+    modality_mixing: tuple[str, ...] = ()
+    """Parameters that mix the modalities otherwise; they fit only the modalities that they were trained with."""
 
     def __init__(
         self, spatial_dims: int, num_modalities: int, num_classes: int, img_size: Sequence[int] | int, *, stride: int
@@ -77,16 +114,19 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"img_size must be multiples of {stride}, at least {2 * stride}, got {self.img_size}.")
 
     @abstractmethod
-    def encode_modality(self, image: Tensor, modality: int) -> Features:
-        """Features of one modality: image [B, 1, H, W(, D)] -> tensors [B, C, h, w(, d)]."""
+    def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
+        """Maps [B, C, h, w(, d)] of a modality's image [B, 1, H, W(, D)]: all that can be computed without the others.
+
+        A sample's maps may be set to zero afterwards, which has to mean that the modality is absent.
+        """
 
     @abstractmethod
     def decode(self, features: Features, presence: Tensor) -> DecoderOutput:
         """Fused prediction from the modalities in `presence`, bool [B, M] or [1, M]; other features are masked."""
 
     @abstractmethod
-    def decode_modality(self, features: Features, modality: int) -> Tensor:
-        """A modality's own prediction by the decoder that all modalities share: logits [B, K, H, W(, D)].
+    def decode_modality(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """A modality's own prediction by the decoder that all modalities share: its maps -> logits [B, K, H, W(, D)].
 
         It sees no other modality and no fusion, and is used in training only (L_reg of Eq. 2).
         """
@@ -96,33 +136,44 @@ class Backbone(nn.Module, ABC):
 
         Args:
             image: [B, M, H, W(, D)]; the values of absent modalities are not read.
-            presence: bool [B, M], at least one True per row, or [1, M] for all samples alike.
+            presence: bool [B, M], at least one True per row, or [1, M] for all samples alike. Where it lies on a GPU,
+                this waits for it.
 
         Returns:
-            Tensors [B, M, C, h, w(, d)], zero where a modality is absent.
+            Of each modality its maps [B, C, h, w(, d)], zero for samples that lack it, or None where all do.
 
         Raises:
             ValueError: when shapes do not fit the network or a sample has no modality.
         """
-        if _is_exporting():
+        if is_exporting():
             return self._encode_all(image, presence)
-        presence = self._checked_presence(image, presence)
-        encoded = {}
-        for modality in range(self.num_modalities):
-            rows = presence[:, modality]
-            if rows.any():
-                encoded[modality] = self.encode_modality(image[rows, modality : modality + 1], modality)
-        return _stack_modalities(encoded, presence)
+        presence = self._checked_presence(image, presence.cpu())
+        return tuple(
+            self._encode_rows(image[:, m : m + 1], presence[:, m], m) if presence[:, m].any() else None
+            for m in range(self.num_modalities)
+        )
+
+    def _encode_rows(self, image: Tensor, rows: Tensor, modality: int) -> tuple[Tensor, ...]:
+        """Encode some samples; the others' maps are zero."""
+        if rows.all():
+            return self.encode_modality(image, modality)
+        encoded = self.encode_modality(image[rows], modality)
+        (indices,) = rows.nonzero(as_tuple=True)
+        channels_last = [map_.movedim(1, -1) for map_ in encoded]
+        return tuple(
+            map_.new_zeros(len(rows), *map_.shape[1:]).index_copy(0, indices.to(map_.device), map_).movedim(-1, 1)
+            for map_ in channels_last
+        )
 
     def _encode_all(self, image: Tensor, presence: Tensor) -> Features:
         """The same without branches that depend on `presence`, so that an exported graph serves every combination."""
         encoded = []
         for modality in range(self.num_modalities):
-            rows = presence[:, modality].view(-1, *[1] * (image.ndim - 1))
+            rows = presence[:, modality]
             # Zeros before and after the encoder: NaN in an absent modality would survive a multiplication.
-            levels = self.encode_modality(torch.where(rows, image[:, modality : modality + 1], 0.0), modality)
-            encoded.append([torch.where(rows, level, 0.0) for level in levels])
-        return tuple(torch.stack(level, dim=1) for level in zip(*encoded, strict=True))
+            maps = self.encode_modality(_zero_where_absent(image[:, modality : modality + 1], rows), modality)
+            encoded.append(_mask(maps, rows))
+        return tuple(encoded)
 
     def forward(self, image: Tensor, presence: Tensor | None = None) -> Tensor:
         """Logits [B, K, H, W(, D)] from the modalities in `presence`, by default from all of them."""
@@ -145,19 +196,3 @@ class Backbone(nn.Module, ABC):
         if not bool(presence.any(dim=1).all()):
             raise ValueError("presence has a sample without any modality; every sample needs at least one.")
         return presence.bool().expand(len(image), -1)
-
-
-def _is_exporting() -> bool:
-    """Whether the network is being traced for TorchScript or exported for ONNX."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
-def _stack_modalities(encoded: Mapping[int, Features], presence: Tensor) -> Features:
-    """Put per-modality features of the samples that have them into zero tensors [B, M, C, h, w(, d)]."""
-    stacked = []
-    for level, example in enumerate(next(iter(encoded.values()))):
-        features = example.new_zeros(*presence.shape, *example.shape[1:])
-        for modality, levels in encoded.items():
-            features[presence[:, modality], modality] = levels[level]
-        stacked.append(features)
-    return tuple(stacked)

@@ -21,7 +21,7 @@ from passion_monai.networks.m2ftrans import M2FTrans
 from passion_monai.networks.mmformer import MMFormer
 from passion_monai.networks.rfnet import RFNet
 
-__all__ = ["LoadReport", "load_reference_checkpoint", "translate_reference_state"]
+__all__ = ["LoadReport", "fit_positions", "load_reference_checkpoint", "read_state_dict", "translate_reference_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def load_reference_checkpoint(checkpoint: str | Path | Mapping[str, Any], *, bac
         TypeError: when there is no translation for this kind of network.
         ValueError: when nothing of the checkpoint fits.
     """
-    state = _state_dict(checkpoint)
+    state = read_state_dict(checkpoint)
     translated, unused = translate_reference_state(state, backbone=backbone)
     target = backbone.state_dict()
     fitting: dict[str, Tensor] = {}
@@ -130,7 +130,15 @@ def translate_reference_state(
     return translated, tuple(unused)
 
 
-def _state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+def read_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of one under the key ``state_dict``, without the prefix ``module.``.
+
+    Args:
+        checkpoint: a file, read as tensors only, or its content.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+    """
     if isinstance(checkpoint, Mapping):
         content = checkpoint
     elif Path(checkpoint).is_file():
@@ -156,10 +164,27 @@ def _fit(value: Tensor, target: Tensor, backbone: Backbone) -> Tensor | None:
         return value
     if len(value) == 1 and value.numel() == target.numel() and value.shape[-1] == target.shape[-1]:
         return value.reshape(target.shape)  # theirs have an axis for the batch
+    fitted = fit_positions(value, target, backbone)
+    return fitted if fitted.shape == target.shape else None
+
+
+def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: bool = False) -> Tensor:
+    """Values per position interpolated to the network's crop; whatever else it is comes back as it is.
+
+    Args:
+        value: [..., T', C] for T' positions of a crop with equal sides.
+        target: the network's own values.
+        backbone: the network.
+        groups: keep as many groups of positions as `value` has, instead of as many as `target` has.
+    """
     grid = tuple(size // backbone.stride for size in backbone.img_size)
-    if value.ndim >= 2 and value.shape[-1] == target.shape[-1] and target.shape[-2] == torch.Size(grid).numel():
-        return _interpolate(value, target, grid)
-    return None
+    num_tokens = torch.Size(grid).numel()
+    if value.ndim < 2 or value.shape[-1] != target.shape[-1] or target.shape[-2] != num_tokens:
+        return value
+    if groups and value.ndim > 2:
+        target = target.new_empty(*value.shape[:-2], num_tokens, value.shape[-1])
+    fitted = _interpolate(value, target, grid)
+    return value if fitted is None else fitted
 
 
 def _interpolate(value: Tensor, target: Tensor, grid: tuple[int, ...]) -> Tensor | None:

@@ -10,21 +10,31 @@ Papers:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passion_monai.networks.base import Backbone, DecoderOutput, Features, mask_features
-from passion_monai.networks.blocks import ConvNormAct, Encoder, TransformerLayer, UNetDecoder, conv, upsample
+from passion_monai.networks.base import Backbone, DecoderOutput, Features, masked_features
+from passion_monai.networks.blocks import (
+    ConvNormAct,
+    Encoder,
+    ModalityFusion,
+    TransformerLayer,
+    UNetDecoder,
+    conv,
+    head,
+    upsample,
+)
 
 __all__ = ["M2FTrans"]
 
 NUM_LEVELS = 5
 NUM_LAYERS = 3
-CROSS_ATTENTION_LEVELS = 2
+NUM_CONV_LEVELS = 3
+"""Levels whose maps are fused by convolutions; the deeper ones are by cross-attention."""
 HEAD_CHANNELS = 16
 
 
@@ -60,6 +70,15 @@ class M2FTrans(Backbone):
         torch.Size([1, 4, 32, 32])
     """
 
+    modality_modules = (
+        r"encoders\.(\d+)\.",
+        r"fusion_decoder\.levels\.\d+\.fusion\.attentions\.\d+\.(?:keys|values)\.(\d+)\.",
+    )
+    modality_axes: ClassVar = {
+        r"bottleneck\.position_embeddings$": 0,
+        r"fusion_decoder\.levels\.\d+\.fusion\.layers\.0\.conv\.weight$": 1,
+    }
+
     def __init__(
         self,
         spatial_dims: int,
@@ -92,23 +111,32 @@ class M2FTrans(Backbone):
         )
         self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=ConvNormAct)
 
-    def encode_modality(self, image: Tensor, modality: int) -> Features:
-        """Five levels of convolutional features; see the base class."""
-        return tuple(self.encoders[modality](image))
+    def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
+        """Five levels of convolutional features, then what those that convolutions fuse give to the fusion."""
+        levels = self.encoders[modality](image)
+        fused = zip(self.fusion_decoder.levels[:NUM_CONV_LEVELS], levels, strict=False)
+        return (*levels, *(level.fusion.layers.project(x, modality) for level, x in fused))
 
     def decode(self, features: Features, presence: Tensor) -> DecoderOutput:
         """Join the modalities in `presence` with the fusion tokens, weight their features, decode; see the base."""
-        *skips, deepest = (mask_features(level, presence) for level in features)
-        deepest, fused, weights = self.bottleneck(deepest, presence)
-        weighted = [deepest * weights.unsqueeze(2)]
-        for skip in reversed(skips):
+        present = masked_features(features, presence)
+        deepest, fused, weights = self.bottleneck({m: maps[NUM_LEVELS - 1] for m, maps in present.items()}, presence)
+        weighted = [_weight(deepest, weights)]
+        for level in reversed(range(NUM_LEVELS - 1)):
             weights = F.interpolate(weights, scale_factor=2, mode="nearest")
-            weighted.append(skip * weights.unsqueeze(2))
+            # A weight for all channels of a place may as well come after the product over the channels.
+            index = level + NUM_LEVELS if level < NUM_CONV_LEVELS else level
+            weighted.append(_weight({m: maps[index] for m, maps in present.items()}, weights))
         return self.fusion_decoder(fused, weighted[::-1], presence)
 
-    def decode_modality(self, features: Features, modality: int) -> Tensor:
+    def decode_modality(self, maps: tuple[Tensor, ...]) -> Tensor:
         """One modality's own prediction, from its encoder's features alone; see the base class."""
-        return self.modality_decoder([level[:, modality] for level in features])
+        return self.modality_decoder(maps[:NUM_LEVELS])
+
+
+def _weight(maps: Mapping[int, Tensor], weights: Tensor) -> dict[int, Tensor]:
+    """Multiply the maps [B, C, h, w(, d)] of P modalities by their weights, [B, P, h, w(, d)]."""
+    return {m: map_ * weight for (m, map_), weight in zip(maps.items(), weights.split(1, dim=1), strict=True)}
 
 
 class FusionTransformer(nn.Module):
@@ -118,9 +146,8 @@ class FusionTransformer(nn.Module):
         grid: spatial size of the maps, whose T places are one token each.
 
     Shape:
-        - Input: features [B, M, C, *grid], presence bool [B or 1, M].
-        - Output: the modalities' maps [B, M, C, *grid], the fusion tokens' map [B, C, *grid] and the modalities'
-          weights [B, M, *grid].
+        - Input: features of the P present modalities by index, [B, C, *grid]; presence bool [B or 1, M].
+        - Output: their maps likewise, the fusion tokens' map [B, C, *grid] and the modalities' weights [B, P, *grid].
     """
 
     def __init__(
@@ -143,16 +170,18 @@ class FusionTransformer(nn.Module):
             for _ in range(NUM_LAYERS)
         )
 
-    def forward(self, features: Tensor, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = features.flatten(3).transpose(2, 3)  # [B, M, T, C]
-        fusion_tokens = self.fusion_tokens.expand(tokens.shape[0], 1, -1, -1)
-        tokens = (torch.cat([tokens, fusion_tokens], dim=1) + self.position_embeddings).flatten(1, 2)
-        score_bias = self.score_bias(presence, tokens.dtype)
+    def forward(self, features: Mapping[int, Tensor], presence: Tensor) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        modalities = list(features)
+        maps = torch.stack(list(features.values()), dim=1).flatten(3).transpose(2, 3)  # [B, P, T, C]
+        fusion_tokens = self.fusion_tokens.expand(len(maps), 1, -1, -1)
+        embeddings = self.position_embeddings[[*modalities, -1]]
+        tokens = (torch.cat([maps, fusion_tokens], dim=1) + embeddings).flatten(1, 2)
+        score_bias = self.score_bias(presence[:, modalities].to(tokens.device), tokens.dtype)
         weights = self.modality_weights(tokens, score_bias)
         for layer in self.layers:
             tokens = layer(tokens, score_bias)
-        maps = tokens.unflatten(1, (-1, self.num_tokens)).transpose(2, 3).unflatten(3, self.grid)
-        return maps[:, :-1], maps[:, -1], weights
+        *joined, fused = tokens.unflatten(1, (-1, self.num_tokens)).transpose(2, 3).unflatten(3, self.grid).unbind(1)
+        return dict(zip(modalities, joined, strict=True)), fused, weights
 
     def score_bias(self, presence: Tensor, dtype: torch.dtype) -> Tensor:
         """What masks the attention: 0 where a token sees another, else -inf.
@@ -230,7 +259,8 @@ class CrossAttention(nn.Module):
     """Attention of the fused map's channels to the channels of every modality's map.
 
     Shape:
-        - Input: x [B, C, h, w(, d)], features [B, M, C, h, w(, d)], score_bias [B or 1, 1, 1, M * C].
+        - Input: x [B, C, h, w(, d)], features of the P present modalities by index, [B, C, h, w(, d)], score_bias
+          [B or 1, 1, 1, P * C].
         - Output: [B, C, h, w(, d)].
     """
 
@@ -241,20 +271,20 @@ class CrossAttention(nn.Module):
         self.values = nn.ModuleList(GroupedConv(spatial_dims, channels) for _ in range(num_modalities))
         self.project = GroupedConv(spatial_dims, channels)
 
-    def forward(self, x: Tensor, features: Tensor, score_bias: Tensor) -> Tensor:
-        maps = features.unbind(dim=1)
-        key = torch.cat([layer(m) for layer, m in zip(self.keys, maps, strict=True)], dim=1)
-        value = torch.cat([layer(m) for layer, m in zip(self.values, maps, strict=True)], dim=1)
+    def forward(self, x: Tensor, features: Mapping[int, Tensor], score_bias: Tensor) -> Tensor:
+        key = torch.cat([self.keys[m](map_) for m, map_ in features.items()], dim=1)
+        value = torch.cat([self.values[m](map_) for m, map_ in features.items()], dim=1)
         # A channel is a token and its V pixels are what the token consists of, for a single head.
-        query, key, value = (m.flatten(2).unsqueeze(1) for m in (self.query(x), key, value))  # [B, 1, C or M * C, V]
-        return self.project(F.scaled_dot_product_attention(query, key, value, score_bias).view_as(x))
+        query, key, value = (m.flatten(2).unsqueeze(1) for m in (self.query(x), key, value))  # [B, 1, C or P * C, V]
+        return self.project(F.scaled_dot_product_attention(query, key, value, score_bias).view(x.shape))
 
 
 class CrossAttentionFusion(nn.Module):
     """Fuse the modalities' maps into the decoder's by two rounds of cross-attention ("CT").
 
     Shape:
-        - Input: x [B, C, h, w(, d)], features [B, M, C, h, w(, d)], presence bool [B or 1, M].
+        - Input: x [B, C, h, w(, d)], features of the present modalities by index, [B, C, h, w(, d)], presence bool
+          [B or 1, M].
         - Output: [B, C, h, w(, d)].
     """
 
@@ -266,39 +296,38 @@ class CrossAttentionFusion(nn.Module):
         self.modality_mlp = GroupedConv(spatial_dims, channels, expansion=4)
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, x: Tensor, features: Tensor, presence: Tensor) -> Tensor:
-        absent = ~presence.repeat_interleave(features.shape[2], dim=1)[:, None, None]  # [B, 1, 1, M * C]
-        score_bias = torch.zeros_like(absent, dtype=x.dtype).masked_fill(absent, -math.inf)
+    def forward(self, x: Tensor, features: Mapping[int, Tensor], presence: Tensor) -> Tensor:
+        absent = ~presence[:, list(features)].to(x.device).repeat_interleave(x.shape[1], dim=1)[:, None, None]
+        score_bias = torch.zeros_like(absent, dtype=x.dtype).masked_fill(absent, -math.inf)  # [B, 1, 1, P * C]
         x = self._round(0, x, features, score_bias)
-        maps = features.flatten(0, 1)
-        features = F.gelu(maps + self.modality_mlp(maps)).view_as(features)
+        features = {modality: F.gelu(map_ + self.modality_mlp(map_)) for modality, map_ in features.items()}
         return self._round(1, x, features, score_bias)
 
-    def _round(self, index: int, x: Tensor, features: Tensor, score_bias: Tensor) -> Tensor:
+    def _round(self, index: int, x: Tensor, features: Mapping[int, Tensor], score_bias: Tensor) -> Tensor:
         x = x + self.dropout(self.attentions[index](x, features, score_bias))
         return F.gelu(x + self.mlps[index](x))
 
 
 class ConvFusion(nn.Module):
-    """Fuse the modalities' maps by convolutions; takes and gives what :class:`CrossAttentionFusion` does."""
+    """Fuse the modalities' maps by convolutions.
+
+    Takes and gives what :class:`CrossAttentionFusion` does, but for the maps, which are what `layers.project` gives.
+    """
 
     def __init__(self, spatial_dims: int, num_modalities: int, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            ConvNormAct(spatial_dims, num_modalities * channels, channels, kernel_size=1),
-            ConvNormAct(spatial_dims, channels, channels),
-            ConvNormAct(spatial_dims, channels, channels, kernel_size=1),
-        )
+        self.layers = ModalityFusion(spatial_dims, num_modalities, channels, channels, channels, block=ConvNormAct)
 
-    def forward(self, x: Tensor, features: Tensor, presence: Tensor) -> Tensor:
-        return self.layers(features.flatten(1, 2))
+    def forward(self, x: Tensor, features: Mapping[int, Tensor], presence: Tensor) -> Tensor:
+        return self.layers(list(features.values()))
 
 
 class FusionLevel(nn.Module):
     """One level of the decoder: logits from the map that comes from below, then the modalities' maps join it.
 
     Shape:
-        - Input: x [B, C, h, w(, d)], features [B, M, C, h, w(, d)], presence bool [B or 1, M].
+        - Input: x [B, C, h, w(, d)]; features of the present modalities by index, [B, C, h, w(, d)], as the fusion
+          takes them; presence bool [B or 1, M].
         - Output: map [B, C, h, w(, d)], logits [B, K, h, w(, d)].
     """
 
@@ -306,13 +335,13 @@ class FusionLevel(nn.Module):
         super().__init__()
         self.head = nn.Sequential(
             ConvNormAct(spatial_dims, channels, HEAD_CHANNELS, kernel_size=1),
-            conv(spatial_dims, HEAD_CHANNELS, num_classes, kernel_size=1, padding_mode="zeros"),
+            head(spatial_dims, HEAD_CHANNELS, num_classes),
         )
         self.fusion = fusion
         self.merge = ConvNormAct(spatial_dims, 2 * channels, channels)
         self.project = ConvNormAct(spatial_dims, channels, channels, kernel_size=1)
 
-    def forward(self, x: Tensor, features: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, features: Mapping[int, Tensor], presence: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(x)
         joined = torch.cat([self.fusion(x, features, presence), x], dim=1)
         return self.project(self.merge(joined)), logits
@@ -322,8 +351,8 @@ class FusionDecoder(nn.Module):
     """Decoder that fuses the weighted modalities at every level and puts out logits at every level.
 
     Shape:
-        - Input: fused [B, C_4, ...], the fusion tokens' map; features [B, M, C_l, ...] of levels 0 to 4, weighted and
-          zero where absent; presence bool [B or 1, M].
+        - Input: fused [B, C_4, ...], the fusion tokens' map; for each level the weighted maps of the present
+          modalities, [B, C_l, ...], as its fusion takes them; presence bool [B or 1, M].
     """
 
     def __init__(
@@ -333,7 +362,7 @@ class FusionDecoder(nn.Module):
         channels = [width * 2**level for level in range(NUM_LEVELS)]
 
         def fusion(level: int) -> nn.Module:
-            if level < NUM_LEVELS - CROSS_ATTENTION_LEVELS:
+            if level < NUM_CONV_LEVELS:
                 return ConvFusion(spatial_dims, num_modalities, channels[level])
             return CrossAttentionFusion(spatial_dims, num_modalities, channels[level], dropout_rate=dropout_rate)
 
@@ -341,9 +370,9 @@ class FusionDecoder(nn.Module):
             FusionLevel(spatial_dims, c, num_classes, fusion=fusion(level)) for level, c in enumerate(channels)
         )
         self.reductions = nn.ModuleList(ConvNormAct(spatial_dims, 2 * c, c) for c in channels[:-1])
-        self.head = conv(spatial_dims, width, num_classes, kernel_size=1, padding_mode="zeros")
+        self.head = head(spatial_dims, width, num_classes)
 
-    def forward(self, fused: Tensor, features: Sequence[Tensor], presence: Tensor) -> DecoderOutput:
+    def forward(self, fused: Tensor, features: Sequence[Mapping[int, Tensor]], presence: Tensor) -> DecoderOutput:
         x, logits = self.levels[-1](fused, features[-1], presence)
         coarse_to_fine = [logits]
         for level in reversed(range(NUM_LEVELS - 1)):

@@ -10,13 +10,23 @@ Papers:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from passion_monai.networks.base import Backbone, DecoderOutput, Features, mask_features
-from passion_monai.networks.blocks import DecoderStage, Encoder, NormActConv, TransformerLayer, UNetDecoder, conv
+from passion_monai.networks.base import Backbone, DecoderOutput, Features, masked_features
+from passion_monai.networks.blocks import (
+    DecoderStage,
+    Encoder,
+    ModalityFusion,
+    NormActConv,
+    TransformerLayer,
+    UNetDecoder,
+    conv,
+    head,
+)
 
 __all__ = ["MMFormer"]
 
@@ -60,6 +70,11 @@ class MMFormer(Backbone):
         torch.Size([1, 4, 32, 32])
     """
 
+    modality_modules = (r"encoders\.(\d+)\.", r"to_tokens\.(\d+)\.", r"intra_transformers\.(\d+)\.")
+    modality_axes: ClassVar = {r"position_embeddings$": 0, r"fusion_decoder\.fusions\.[0-3]\.0\.conv\.weight$": 1}
+    # The tokens of all modalities are one sequence, and what is made of it has channels of no modality.
+    modality_mixing = (r"from_tokens\.", r"fusion_decoder\.fusions\.4\.0\.")
+
     def __init__(
         self,
         spatial_dims: int,
@@ -100,66 +115,64 @@ class MMFormer(Backbone):
         self.fusion_decoder = FusionDecoder(spatial_dims, num_modalities, num_classes, width=width)
         self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=NormActConv)
 
-    def encode_modality(self, image: Tensor, modality: int) -> Features:
-        """Five levels of convolutional features and the modality's tokens as a map; see the base class."""
+    def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
+        """Five levels of convolutional features, what the first four give to the fusion, and the modality's tokens."""
         levels = self.encoders[modality](image)
+        fusions = self.fusion_decoder.fusions
+        projected = [fusion.project(x, modality) for fusion, x in zip(fusions, levels[:-1], strict=False)]
         tokens = self.to_tokens[modality](levels[-1]).flatten(2).transpose(1, 2)  # [B, T, token_channels]
-        tokens = self.intra_transformers[modality](tokens + self.position_embeddings[modality])
-        return (*levels, tokens.transpose(1, 2).unflatten(2, self.grid))
+        return (*levels, *projected, self.intra_transformers[modality](tokens + self.position_embeddings[modality]))
 
     def decode(self, features: Features, presence: Tensor) -> DecoderOutput:
         """Join the tokens of the modalities in `presence` and decode; see the base class."""
-        *skips, _, tokens = (mask_features(level, presence) for level in features)
-        return self.fusion_decoder(skips, self._join_tokens(tokens))
+        present = masked_features(features, presence)
+        joint = self._join_tokens({modality: maps[-1] for modality, maps in present.items()})
+        return self.fusion_decoder([maps[NUM_LEVELS:-1] for maps in present.values()], joint)
 
-    def decode_modality(self, features: Features, modality: int) -> Tensor:
+    def decode_modality(self, maps: tuple[Tensor, ...]) -> Tensor:
         """One modality's own prediction, from its convolutional features alone; see the base class."""
-        return self.modality_decoder([level[:, modality] for level in features[:NUM_LEVELS]])
+        return self.modality_decoder(maps[:NUM_LEVELS])
 
-    def _join_tokens(self, tokens: Tensor) -> Tensor:
-        """Attend among all tokens: [B, M, C, *grid] -> [B, M * deepest channels, *grid]."""
-        sequence = tokens.flatten(3).transpose(2, 3) + self.position_embeddings  # [B, M, T, C]
-        sequence = self.inter_transformer(sequence.flatten(1, 2))  # [B, M * T, C]
+    def _join_tokens(self, tokens: Mapping[int, Tensor]) -> Tensor:
+        """Attend among all tokens: [B, T, C] of each present modality -> [B, M * deepest channels, *grid]."""
+        batch = len(next(iter(tokens.values())))
+        sequence = [
+            embedding + tokens[modality] if modality in tokens else embedding.expand(batch, -1, -1)
+            for modality, embedding in enumerate(self.position_embeddings)
+        ]
+        joined = self.inter_transformer(torch.cat(sequence, dim=1))  # [B, M * T, C]
         if self.token_order == "aligned":
-            sequence = sequence.unflatten(1, (self.num_modalities, -1)).transpose(1, 2)  # [B, T, M, C]
-        joint = sequence.reshape(len(sequence), *self.grid, -1).movedim(-1, 1)  # [B, M * C, *grid]
+            joined = joined.unflatten(1, (self.num_modalities, -1)).transpose(1, 2)  # [B, T, M, C]
+        joint = joined.reshape(batch, *self.grid, -1).movedim(-1, 1)  # [B, M * C, *grid]
         return self.from_tokens(joint)
-
-
-class ModalityFusion(nn.Sequential):
-    """Fuse the features of M modalities, [B, M * C, h, w(, d)] -> [B, C, h, w(, d)]."""
-
-    def __init__(self, spatial_dims: int, num_modalities: int, channels: int) -> None:
-        super().__init__(
-            NormActConv(spatial_dims, num_modalities * channels, channels, kernel_size=1),
-            NormActConv(spatial_dims, channels, channels, padding_mode="zeros"),
-            NormActConv(spatial_dims, channels, channels, kernel_size=1),
-        )
 
 
 class FusionDecoder(nn.Module):
     """Decoder that fuses the modalities at every level and puts out logits at every level.
 
     Shape:
-        - Input: skips [B, M, C_l, ...] for levels 0 to 3 (masked), joint [B, M * C_4, ...] for the deepest.
+        - Input: what `fusions[l].project` gives for levels 0 to 3 of every present modality; joint [B, M * C_4, ...]
+          for the deepest.
     """
 
     def __init__(self, spatial_dims: int, num_modalities: int, num_classes: int, *, width: int) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(NUM_LEVELS)]
-        self.fusions = nn.ModuleList(ModalityFusion(spatial_dims, num_modalities, c) for c in channels)
+        self.fusions = nn.ModuleList(
+            ModalityFusion(spatial_dims, num_modalities, c, c, c, block=NormActConv, padding_mode="zeros")
+            for c in channels
+        )
         self.stages = nn.ModuleList(
             DecoderStage(spatial_dims, c, block=NormActConv, skip_first=True) for c in channels[:-1]
         )
-        self.heads = nn.ModuleList(
-            conv(spatial_dims, c, num_classes, kernel_size=1, padding_mode="zeros") for c in channels
-        )
+        self.heads = nn.ModuleList(head(spatial_dims, c, num_classes) for c in channels)
 
-    def forward(self, skips: Sequence[Tensor], joint: Tensor) -> DecoderOutput:
-        x = self.fusions[-1](joint)
+    def forward(self, projected: Sequence[tuple[Tensor, ...]], joint: Tensor) -> DecoderOutput:
+        deepest = self.fusions[-1]
+        x = deepest([deepest.project(part, m) for m, part in enumerate(joint.split(deepest.channels, dim=1))])
         coarse_to_fine = [self.heads[-1](x)]
         for level in reversed(range(NUM_LEVELS - 1)):
-            x = self.stages[level](x, self.fusions[level](skips[level].flatten(1, 2)))
+            x = self.stages[level](x, self.fusions[level]([maps[level] for maps in projected]))
             coarse_to_fine.append(self.heads[level](x))
         logits, *auxiliary = reversed(coarse_to_fine)
         return DecoderOutput(logits, tuple(auxiliary), x)

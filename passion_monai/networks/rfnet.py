@@ -9,24 +9,29 @@ Papers:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from passion_monai.networks.base import Backbone, DecoderOutput, Features, mask_features
+from passion_monai.networks.base import Backbone, DecoderOutput, Features, masked_features
 from passion_monai.networks.blocks import (
     NEGATIVE_SLOPE,
     ConvNormAct,
     Encoder,
+    ModalityFusion,
     UNetDecoder,
     conv,
+    head,
     upsample,
 )
 
 __all__ = ["RFNet"]
 
 NUM_LEVELS = 4
+VOXELS_AT_ONCE = 2**13
+"""Voxels of a part in :class:`RegionMixing`: 1 MB of products for 4 regions of 8 channels."""
 BOTTLENECK = 4
 """How much narrower than its features a region predictor is; the width must be its multiple."""
 
@@ -59,6 +64,14 @@ class RFNet(Backbone):
         torch.Size([1, 4, 32, 32])
     """
 
+    modality_modules = (r"encoders\.(\d+)\.",)
+    modality_axes: ClassVar = {
+        r"fusion_decoder\.predictors\.\d+\.embedding\.0\.conv\.weight$": 1,
+        r"fusion_decoder\.fusions\.\d+\.fuse_modalities\.0\.conv\.weight$": 1,
+        r"fusion_decoder\.fusions\.\d+\.weightings\.\d+\.0\.weight$": 1,
+        r"fusion_decoder\.fusions\.\d+\.weightings\.\d+\.2\.(weight|bias)$": 0,
+    }
+
     def __init__(
         self,
         spatial_dims: int,
@@ -77,17 +90,21 @@ class RFNet(Backbone):
         self.fusion_decoder = FusionDecoder(spatial_dims, num_modalities, num_classes, width=width)
         self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=ConvNormAct)
 
-    def encode_modality(self, image: Tensor, modality: int) -> Features:
-        """Four levels of convolutional features; see the base class."""
-        return tuple(self.encoders[modality](image))
+    def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
+        """Four levels of convolutional features, then what each of them gives to the predictor and to the fusion."""
+        levels = self.encoders[modality](image)
+        decoder = self.fusion_decoder
+        predictors = [p.embedding.project(x, modality) for p, x in zip(decoder.predictors, levels, strict=True)]
+        fusions = [f.fuse_modalities.project(x, modality) for f, x in zip(decoder.fusions, levels, strict=True)]
+        return (*levels, *predictors, *fusions)
 
     def decode(self, features: Features, presence: Tensor) -> DecoderOutput:
         """Fuse the modalities in `presence` region by region at every level; see the base class."""
-        return self.fusion_decoder([mask_features(level, presence) for level in features])
+        return self.fusion_decoder(masked_features(features, presence))
 
-    def decode_modality(self, features: Features, modality: int) -> Tensor:
+    def decode_modality(self, maps: tuple[Tensor, ...]) -> Tensor:
         """One modality's own prediction; see the base class."""
-        return self.modality_decoder([level[:, modality] for level in features])
+        return self.modality_decoder(maps[:NUM_LEVELS])
 
 
 class RegionPredictor(nn.Module):
@@ -98,7 +115,8 @@ class RegionPredictor(nn.Module):
         head_channels: channels before the logits.
 
     Shape:
-        - Input: features [B, M, C, h, w(, d)], decoded [B, C, h, w(, d)] or None.
+        - Input: what `embedding.project` gives for every present modality, [B, C / 4, h, w(, d)]; decoded
+          [B, C, h, w(, d)] or None.
         - Output: logits [B, K, h, w(, d)].
     """
 
@@ -114,18 +132,14 @@ class RegionPredictor(nn.Module):
     ) -> None:
         super().__init__()
         narrow = channels // BOTTLENECK
-        self.embedding = nn.Sequential(
-            ConvNormAct(spatial_dims, num_modalities * channels, narrow, kernel_size=1),
-            ConvNormAct(spatial_dims, narrow, narrow),
-            ConvNormAct(spatial_dims, narrow, channels, kernel_size=1),
-        )
+        self.embedding = ModalityFusion(spatial_dims, num_modalities, channels, narrow, channels, block=ConvNormAct)
         self.head = nn.Sequential(
             ConvNormAct(spatial_dims, (2 if use_decoded else 1) * channels, head_channels, kernel_size=1),
-            conv(spatial_dims, head_channels, num_classes, kernel_size=1, padding_mode="zeros"),
+            head(spatial_dims, head_channels, num_classes),
         )
 
-    def forward(self, features: Tensor, decoded: Tensor | None) -> Tensor:
-        embedded = self.embedding(features.flatten(1, 2))
+    def forward(self, projected: Sequence[Tensor], decoded: Tensor | None) -> Tensor:
+        embedded = self.embedding(projected)
         return self.head(embedded if decoded is None else torch.cat([decoded, embedded], dim=1))
 
 
@@ -139,15 +153,18 @@ class RegionFusion(nn.Module):
         weight_k,m = sigmoid(MLP_k([pooled_k,1, ..., pooled_k,M, share_k]))
         region_k = p_k * sum_m(weight_k,m * y_m)
 
-    Half of the output is made of all regions, half of all modalities without weights. Absent modalities have zero
-    features and add nothing to a sum; the weights of the others are not renormalised.
+    Half of the output is made of all regions, half of all modalities without weights. An absent modality adds nothing
+    to
+    a sum; the weights of the others are not renormalised.
 
     Args:
         weight_channels: hidden channels of MLP_k.
         eps: keeps the share of an empty region positive.
 
     Shape:
-        - Input: features [B, M, C, h, w(, d)], logits of the regions [B, K, h, w(, d)].
+        - Input: features, of the present modalities by index [B, C, h, w(, d)]; what `fuse_modalities.project` gives
+          for
+          them, likewise; logits of the regions [B, K, h, w(, d)].
         - Output: [B, C, h, w(, d)].
     """
 
@@ -162,17 +179,11 @@ class RegionFusion(nn.Module):
         eps: float = 1e-7,
     ) -> None:
         super().__init__()
+        self.num_modalities = num_modalities
         self.eps = eps
 
         def linear(in_channels: int, out_channels: int) -> nn.Module:
             return conv(1, in_channels, out_channels, kernel_size=1, padding_mode="zeros")
-
-        def fusion(num_maps: int) -> nn.Module:
-            return nn.Sequential(
-                ConvNormAct(spatial_dims, num_maps * channels, channels, kernel_size=1),
-                ConvNormAct(spatial_dims, channels, channels),
-                ConvNormAct(spatial_dims, channels, channels // 2, kernel_size=1),
-            )
 
         self.weightings = nn.ModuleList(
             nn.Sequential(
@@ -183,38 +194,94 @@ class RegionFusion(nn.Module):
             )
             for _ in range(num_classes)
         )
-        self.fuse_regions = fusion(num_classes)
-        self.fuse_modalities = fusion(num_modalities)
+        # Its first product, over the maps of all regions, is what `project_regions` computes.
+        self.fuse_regions = ModalityFusion(
+            spatial_dims, num_classes, channels, channels, channels // 2, block=ConvNormAct
+        )
+        self.fuse_modalities = ModalityFusion(
+            spatial_dims, num_modalities, channels, channels, channels // 2, block=ConvNormAct
+        )
 
-    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
-        regions = self.weigh_regions(features, logits)
-        fused = self.fuse_regions(regions.flatten(1, 2)), self.fuse_modalities(features.flatten(1, 2))
-        return torch.cat(fused, dim=1)
+    def forward(self, features: Mapping[int, Tensor], projected: Sequence[Tensor], logits: Tensor) -> Tensor:
+        regions = self.project_regions(features, logits)
+        return torch.cat([self.fuse_regions([regions]), self.fuse_modalities(projected)], dim=1)
 
-    def weigh_regions(self, features: Tensor, logits: Tensor) -> Tensor:
-        """region_k of all regions, [B, K, C, h, w(, d)]; the size of M times that is never held."""
+    def project_regions(self, features: Mapping[int, Tensor], logits: Tensor) -> Tensor:
+        """The first product of `fuse_regions` on region_k of all regions, without its bias: [B, C, h, w(, d)].
+
+        ``sum_k U_k (p_k * sum_m(weight_k,m * y_m)) = sum_k p_k * ((U_k weight_k,m)_m (y_m)_m)``: the products of all
+        regions are one, and no map of a region of its own is needed.
+        """
         # In half precision the sums over voxels would overflow.
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        with torch.autocast(logits.device.type, enabled=False):
             probabilities = logits.detach().softmax(dim=1, dtype=dtype).flatten(2)  # [B, K, V]
-            voxels = features.to(dtype).flatten(3)  # [B, M, C, V]
-            share = probabilities.mean(dim=2, keepdim=True) + self.eps  # [B, K, 1]
-            pooled = probabilities @ voxels.flatten(1, 2).mT / voxels.shape[-1] / share  # [B, K, M * C]
-            weights = self._weights(torch.cat([pooled, share], dim=2))  # [B, K, M]
-            mixed = (weights @ voxels.flatten(2)).unflatten(2, voxels.shape[2:])  # [B, K, C, V]
-            return (probabilities.unsqueeze(2) * mixed).unflatten(3, features.shape[3:])
+            voxels = [y.to(dtype).movedim(1, -1).flatten(1, -2) for y in features.values()]  # P times [B, V, C]
+            weights = self.region_weights(list(features), voxels, probabilities)  # [B, K, P]
+            mixing = self.fuse_regions[0].conv.weight.to(dtype).flatten(1).unflatten(1, (len(self.weightings), -1))
+            products = torch.einsum("bkp,okc->bpcko", weights, mixing).flatten(1, 2)  # [B, P C, K, C_out]
+            mixed = RegionMixing.apply(probabilities, products, *voxels)  # [B, V, C_out]
+        return mixed.unflatten(1, logits.shape[2:]).movedim(-1, 1)
 
-    def _weights(self, descriptors: Tensor) -> Tensor:
-        """Weight of every modality in every region: [B, K, M * C + 1] -> [B, K, M]."""
-        columns = descriptors.unsqueeze(3).unbind(dim=1)  # K times [B, M * C + 1, 1]
-        return torch.cat([mlp(x) for mlp, x in zip(self.weightings, columns, strict=True)], dim=2).mT
+    def region_weights(self, modalities: Sequence[int], voxels: Sequence[Tensor], probabilities: Tensor) -> Tensor:
+        """weight_k,m of the P present modalities: voxels P times [B, V, C], probabilities [B, K, V] -> [B, K, P]."""
+        share = probabilities.mean(dim=2, keepdim=True) + self.eps  # [B, K, 1]
+        pooled = {m: probabilities @ y / y.shape[1] / share for m, y in zip(modalities, voxels, strict=True)}
+        absent = torch.zeros_like(pooled[modalities[0]])
+        descriptors = [pooled.get(modality, absent) for modality in range(self.num_modalities)]
+        columns = torch.cat([*descriptors, share], dim=2).unsqueeze(3).unbind(dim=1)  # K times [B, M * C + 1, 1]
+        weights = torch.cat([mlp(x) for mlp, x in zip(self.weightings, columns, strict=True)], dim=2).mT
+        return weights[:, :, list(modalities)]
+
+
+class RegionMixing(torch.autograd.Function):
+    """``sum_k p_k * (sum_m W_k,m y_m)`` of every voxel, a few voxels at a time.
+
+    The products of all regions, K times as large as the output, would be what takes most memory and time in the whole
+    network. Here they stay in the cache, and the backward pass computes them again.
+
+    Shape:
+        - Input: p [B, K, V], without gradient; W [B, P * C, K, C_out]; P times y [B, V, C].
+        - Output: [B, V, C_out].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tensor:
+        ctx.save_for_backward(probabilities, weights, *voxels)
+        mixed = voxels[0].new_empty(*voxels[0].shape[:2], weights.shape[3])
+        for part in _parts(voxels[0]):
+            products = torch.cat([y[:, part] for y in voxels], dim=2) @ weights.flatten(2)
+            shares = probabilities[:, :, part].mT.unsqueeze(3)
+            torch.sum(products.unflatten(2, weights.shape[2:]) * shares, dim=2, out=mixed[:, part])
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        probabilities, weights, *voxels = ctx.saved_tensors
+        to_weights = torch.zeros_like(weights).flatten(2)
+        to_voxels = [torch.empty_like(y) for y in voxels]
+        for part in _parts(gradient):
+            shares = probabilities[:, :, part].mT.unsqueeze(3)
+            to_products = (gradient[:, part].unsqueeze(2) * shares).flatten(2)  # [B, V, K * C_out]
+            to_weights += torch.cat([y[:, part] for y in voxels], dim=2).mT @ to_products
+            for target, source in zip(
+                to_voxels, (to_products @ weights.flatten(2).mT).chunk(len(voxels), 2), strict=True
+            ):
+                target[:, part] = source
+        return None, to_weights.view_as(weights), *to_voxels
+
+
+def _parts(voxels: Tensor) -> Iterator[slice]:
+    """Slices of the voxels of [B, V, C] for :class:`RegionMixing`: all at once on a GPU, which has no use for more."""
+    step = VOXELS_AT_ONCE if voxels.device.type == "cpu" else voxels.shape[1]
+    return (slice(start, start + step) for start in range(0, voxels.shape[1], step))
 
 
 class FusionDecoder(nn.Module):
     """Decoder that predicts regions and fuses the modalities within them at every level.
 
     Shape:
-        - Input: features [B, M, C_l, ...] of every level l, masked.
+        - Input: what `RFNet.encode_modality` gives for each present modality, by its index.
     """
 
     def __init__(self, spatial_dims: int, num_modalities: int, num_classes: int, *, width: int) -> None:
@@ -230,16 +297,24 @@ class FusionDecoder(nn.Module):
             nn.Sequential(ConvNormAct(spatial_dims, 2 * c, c), ConvNormAct(spatial_dims, c, c, kernel_size=1))
             for c in channels[:-1]
         )
-        self.head = conv(spatial_dims, width, num_classes, kernel_size=1, padding_mode="zeros")
+        self.head = head(spatial_dims, width, num_classes)
 
-    def forward(self, features: Sequence[Tensor]) -> DecoderOutput:
-        logits = self.predictors[-1](features[-1], None)
-        x = self.fusions[-1](features[-1], logits)
+    def forward(self, features: Mapping[int, tuple[Tensor, ...]]) -> DecoderOutput:
+        x, logits = self._level(NUM_LEVELS - 1, features, None)
         coarse_to_fine = [logits]
         for level in reversed(range(NUM_LEVELS - 1)):
             x = self.reductions[level](upsample(x, 2))
-            logits = self.predictors[level](features[level], x)
-            skip = self.fusions[level](features[level], logits)
+            skip, logits = self._level(level, features, x)
             x = self.merges[level](torch.cat([skip, x], dim=1))
             coarse_to_fine.append(logits)
         return DecoderOutput(self.head(x), tuple(reversed(coarse_to_fine)), x)
+
+    def _level(
+        self, level: int, features: Mapping[int, tuple[Tensor, ...]], decoded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The fused map of one level and the logits of its regions."""
+        maps, for_predictor, for_fusion = (
+            {modality: levels[level + part * NUM_LEVELS] for modality, levels in features.items()} for part in range(3)
+        )
+        logits = self.predictors[level](list(for_predictor.values()), decoded)
+        return self.fusions[level](maps, list(for_fusion.values()), logits), logits

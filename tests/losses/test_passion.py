@@ -69,7 +69,10 @@ def test_a_batch_is_the_mean_of_its_samples():
     singles = []
     for n in range(3):
         teacher, students = one_sample(output, n)
-        sample = DistillationOutput(PRESENCE[n : n + 1], teacher, tuple(students.get(m) for m in range(3)), (None,) * 3)
+        presence, none = PRESENCE[n : n + 1], (None,) * 3
+        sample = DistillationOutput(
+            presence, teacher, tuple(students.get(m) for m in range(3)), none, torch.zeros_like(presence)
+        )
         singles.append(loss(sample, label[n : n + 1]))
     torch.testing.assert_close(loss(output, label), torch.stack(singles).mean())
 
@@ -93,6 +96,37 @@ def test_table_2_rows_are_argument_values():
     masked = PassionLoss(3, 3)(output, label)
     torch.testing.assert_close(both - segmentation, (pixel - segmentation) + (prototype - segmentation))
     assert segmentation < pixel < masked < both
+
+
+def test_own_predictions_of_neglected_modalities_are_all_that_the_released_objective_needs():
+    torch.manual_seed(0)
+    network = MMFormer(
+        2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8, dropout_rate=0.0
+    ).double()
+    image, label = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randint(3, (3, 1, 32, 32))
+    results = []
+    for own_predictions in ("all", "neglected"):
+        loss = PassionLoss.released(3, 3, availability=[3.0, 1.5, 1.0])
+        output = SelfDistillation(network, own_predictions=own_predictions)(image, PRESENCE, label)
+        total = loss(output, label)
+        results.append((total, torch.autograd.grad(total, network.encoders.parameters())))
+    torch.testing.assert_close(*results)
+    neglected = loss.terms["relative_preference"] < 0
+    assert torch.equal(output.own_rows, neglected)
+    assert bool(neglected.any())
+    assert torch.equal(loss.terms["loss_regularisation"].isnan(), ~neglected)
+
+
+def test_neglected_modalities_cannot_be_found_without_a_label():
+    network = MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8)
+    with pytest.raises(ValueError, match="needs the label"):
+        SelfDistillation(network, own_predictions="neglected")(torch.randn(1, 3, 32, 32), PRESENCE[:1])
+
+
+def test_own_predictions_are_checked():
+    network = MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8)
+    with pytest.raises(ValueError, match="own_predictions must be one of"):
+        SelfDistillation(network, own_predictions="some")
 
 
 def test_terms_carry_no_gradient():

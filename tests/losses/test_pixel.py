@@ -59,3 +59,16 @@ def test_teacher_gets_no_gradient():
 def test_temperature_must_be_positive(temperature: float):
     with pytest.raises(ValueError, match="temperature must be positive, got"):
         PixelDistillationLoss(temperature=temperature)
+
+
+@pytest.mark.parametrize(("floor", "at_full_size"), [(0.0, False), (0.05, True)])
+def test_gradients_are_exact(floor: float, at_full_size: bool):
+    loss = PixelDistillationLoss(probability_floor=floor, at_full_size=at_full_size)
+    teacher = outputs(1, (4, 4))
+
+    def total(fine: Tensor, coarse: Tensor) -> Tensor:
+        return loss(DecoderOutput(fine, (coarse,), fine), teacher)
+
+    student = outputs(0, (4, 4))
+    tensors = [x.double().requires_grad_() for x in (student.logits, student.auxiliary[0])]
+    assert torch.autograd.gradcheck(total, tensors)

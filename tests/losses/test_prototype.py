@@ -89,3 +89,11 @@ def test_zero_features_give_finite_gradients():
     student = torch.zeros_like(student, requires_grad=True)
     PrototypeDistillationLoss(3)(student, teacher, label)[0].sum().backward()
     assert bool(torch.isfinite(student.grad).all())
+
+
+def test_gradients_are_exact():
+    student, teacher, label = random_case((3, 4))
+    teacher = teacher.double()
+    assert torch.autograd.gradcheck(
+        lambda x: PrototypeDistillationLoss(3)(x, teacher, label)[0], student.double().requires_grad_()
+    )

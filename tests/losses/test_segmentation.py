@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.losses import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +38,27 @@ def test_dice_ce_equals_the_explicit_version(shape: tuple[int, ...]):
     logits, label = random_case(shape)
     expected = [slow_dice_ce(logits[n], label[n, 0]) for n in range(2)]
     torch.testing.assert_close(DiceWeightedCELoss()(logits, label), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dice_is_that_of_monai(shape: tuple[int, ...]):
+    logits, label = random_case(shape)
+    label[:] = 1  # the cross-entropy's weight of the only class is 0
+    dice = DiceLoss(softmax=True, to_onehot_y=True, smooth_nr=0, smooth_dr=1e-7, reduction="none")(logits, label)
+    torch.testing.assert_close(DiceWeightedCELoss()(logits, label), dice.flatten(1).mean(dim=1))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.05])
+@pytest.mark.parametrize("upsample_probabilities", [False, True])
+def test_gradients_are_exact(floor: float, upsample_probabilities: bool):
+    loss = SegmentationLoss(probability_floor=floor, upsample_probabilities=upsample_probabilities)
+    label = torch.randint(3, (2, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+
+    def total(fine: Tensor, coarse: Tensor) -> Tensor:
+        return loss(DecoderOutput(fine, (coarse,), fine), label)
+
+    fine, coarse = (torch.randn(2, 3, n, n, dtype=torch.float64, requires_grad=True) for n in (4, 2))
+    assert torch.autograd.gradcheck(total, (fine, coarse))
 
 
 def test_dice_ce_of_a_class_that_is_not_there():
@@ -79,7 +101,8 @@ def test_task_loss_adds_the_predictions_of_present_modalities():
     presence = torch.tensor([[True, True], [False, True]])
     own = [torch.randn(int(count), 3, 4, 4, 4) for count in presence.sum(dim=0)]
     loss = TaskLoss()
-    total = loss(DistillationOutput(presence, DecoderOutput(logits, (), logits), (None, None), tuple(own)), label)
+    fused_output = DecoderOutput(logits, (), logits)
+    total = loss(DistillationOutput(presence, fused_output, (None, None), tuple(own), presence), label)
     single = DiceWeightedCELoss()
     fused = single(logits, label)
     first, second = single(own[0], label[:1]), single(own[1], label)

@@ -15,6 +15,7 @@ from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.presence import combinations
 
 CASES = list(itertools.product(BACKBONES, (2, 3), (2, 3, 4)))  # backbone, spatial_dims, num_modalities
+SLOW_CASES = [(name, *case) for name in BACKBONES for case in ((2, 3), (3, 2))]  # where all would take minutes
 # Sizes that build in an instant; a backbone that is not named here is built as it is by default.
 SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32},
@@ -53,7 +54,7 @@ class TestContract:
         with torch.no_grad():
             features = network.encode(image, presence)
             output = network.decode(features, presence)
-            own = network.decode_modality(features, 1)
+            own = network.decode_modality(features[1])
             logits = network(image)
         size = [32] * spatial_dims
         assert list(output.logits.shape) == list(own.shape) == list(logits.shape) == [3, 3, *size]
@@ -88,8 +89,18 @@ class TestContract:
         presence = patterns(num_modalities)
         with torch.no_grad():
             features = network.encode(random_image(spatial_dims, num_modalities, 3), presence)
-        assert all(float(level[~presence].abs().max()) == 0 for level in features)
-        assert all(float(level[presence].abs().amax()) > 0 for level in features)
+        for modality, maps in enumerate(features):
+            there = presence[:, modality]
+            assert all(float(map_[~there].abs().max()) == 0 for map_ in maps if not there.all())
+            assert all(float(map_[there].abs().max()) > 0 for map_ in maps)
+
+    def test_a_modality_that_was_not_encoded_cannot_be_decoded(self, name: str, spatial_dims: int, num_modalities: int):
+        network = build(name, spatial_dims, num_modalities)
+        first, _, both = patterns(num_modalities)
+        features = network.encode(random_image(spatial_dims, num_modalities), first[None])
+        assert [maps is not None for maps in features] == first.tolist()
+        with pytest.raises(ValueError, match="presence has modality 1, which was not encoded"):
+            network.decode(features, both[None])
 
     def test_every_combination_comes_from_one_encoding(self, name: str, spatial_dims: int, num_modalities: int):
         network = build(name, spatial_dims, num_modalities)
@@ -135,7 +146,7 @@ class TestContract:
         network = build(name, spatial_dims, num_modalities)
         image, presence = random_image(spatial_dims, num_modalities, 3), patterns(num_modalities)
         with torch.no_grad():
-            output = SelfDistillation(network, own_predictions=True)(image, presence)
+            output = SelfDistillation(network, own_predictions="all")(image, presence)
             fused = network(image, presence)
         torch.testing.assert_close(output.fused.logits, fused)
         # Only samples with two or more modalities have students: of the three, the first has one modality.
@@ -144,6 +155,17 @@ class TestContract:
         assert sizes == rows.sum(dim=0).tolist()
         own_sizes = [0 if own is None else len(own) for own in output.own_predictions]
         assert own_sizes == presence.sum(dim=0).tolist()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_of_a_network_have_channels_last_and_logits_first(name: str):
+    network = build(name, 3, 2).float()
+    with torch.no_grad():
+        features = network.encode(random_image(3, 2).float(), torch.tensor([[True, False]]))
+        output = network.decode(features, torch.tensor([[True, False]]))
+    assert features[0][0].is_contiguous(memory_format=torch.channels_last_3d)
+    assert output.features.is_contiguous(memory_format=torch.channels_last_3d)
+    assert all(logits.is_contiguous() for logits in (output.logits, *output.auxiliary))
 
 
 BAD_CALLS = [
@@ -191,7 +213,7 @@ def combinations_with_garbage(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), CASES)
+@pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), SLOW_CASES)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # torch's own instance norm compares sizes
 def test_traced_network_serves_every_combination(name: str, spatial_dims: int, num_modalities: int):
     network = build(name, spatial_dims, num_modalities)
@@ -219,7 +241,8 @@ def test_onnx_network_serves_every_combination(name: str, spatial_dims: int, tmp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), CASES)
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), SLOW_CASES)
 def test_bfloat16_autocast_is_finite(name: str, spatial_dims: int, num_modalities: int):
     network = build(name, spatial_dims, num_modalities).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):

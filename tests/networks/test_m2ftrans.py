@@ -25,6 +25,12 @@ def small_network() -> M2FTrans:
     return M2FTrans(2, 3, 2, img_size=32, width=2, mlp_channels=8).double().eval()
 
 
+def by_modality(features: Tensor, presence: Tensor | None = None) -> dict[int, Tensor]:
+    """The maps [B, C, ...] of features [B, M, C, ...], without modalities that no sample has."""
+    there = range(features.shape[1]) if presence is None else presence.any(dim=0).nonzero().flatten().tolist()
+    return {modality: features[:, modality] for modality in there}
+
+
 def visible_tokens(query: int, presence: Tensor) -> list[int]:
     """The tokens that a token of a sample sees; the modalities' come first, then the fusion tokens."""
     group = query // NUM_TOKENS
@@ -85,15 +91,14 @@ def test_weights_of_uniform_attention_fall_with_the_number_of_modalities(presenc
     transformer = bottleneck(num_heads=8)
     nn.init.zeros_(transformer.layers[0].attention.qkv.weight)
     features = torch.randn(1, 3, 16, *GRID, dtype=torch.float64)
-    weights = transformer(features, torch.tensor([presence]))[2]
-    for present, weight in zip(presence, weights[0], strict=True):
-        torch.testing.assert_close(weight, torch.full_like(weight, 8 / (sum(presence) + 1) if present else 0.0))
+    weights = transformer(by_modality(features, torch.tensor([presence])), torch.tensor([presence]))[2]
+    torch.testing.assert_close(weights, torch.full((1, sum(presence), *GRID), 8 / (sum(presence) + 1)).double())
 
 
 def test_weights_carry_no_gradient_and_have_dropout_in_training():
     transformer = bottleneck().train()
     features = torch.randn(2, 3, 16, *GRID, dtype=torch.float64)
-    first, second = (transformer(features, PRESENCE)[2] for _ in range(2))
+    first, second = (transformer(by_modality(features), PRESENCE)[2] for _ in range(2))
     assert not first.requires_grad
     assert not torch.equal(first, second)
     assert float(first[~PRESENCE].abs().max()) == 0
@@ -106,32 +111,38 @@ def test_tokens_keep_their_place():
     for parameter in [*transformer.layers[0].attention.project.parameters(), *transformer.layers[0].mlp.parameters()]:
         nn.init.zeros_(parameter)
     features = torch.randn(2, 3, 16, *GRID, dtype=torch.float64)
-    maps, fused, _ = transformer(features, PRESENCE)
-    torch.testing.assert_close(maps, features)
+    maps, fused, _ = transformer(by_modality(features), PRESENCE)
+    torch.testing.assert_close(maps, by_modality(features))
     torch.testing.assert_close(fused[0].flatten(1).T, transformer.fusion_tokens)
 
 
-def test_features_of_every_level_are_weighted_by_place():
+def test_features_of_every_level_are_weighted_by_place_before_they_are_fused():
     network = small_network()
     weights = torch.rand(1, 3, 2, 2, dtype=torch.float64)
     maps = torch.randn(1, 3, 32, 2, 2, dtype=torch.float64)
 
     class Joined(nn.Module):
-        def forward(self, features: Tensor, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return maps, maps[:, 0], weights
+        def forward(self, features: dict[int, Tensor], presence: Tensor) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+            return by_modality(maps), maps[:, 0], weights
 
     class Decoder(nn.Module):
         def forward(self, fused: Tensor, features: list[Tensor], presence: Tensor) -> list[Tensor]:
             return features
 
-    network.bottleneck, network.fusion_decoder = Joined(), Decoder()
     presence = torch.ones(1, 3, dtype=torch.bool)
     features = network.encode(torch.randn(1, 3, 32, 32, dtype=torch.float64), presence)
+    levels = network.fusion_decoder.levels
+    network.bottleneck, network.fusion_decoder = Joined(), Decoder()
     weighted = network.decode(features, presence)
-    for level, before in enumerate([*features[:-1], maps]):
+    for level in range(5):
         factor = 2 ** (4 - level)
         spread = weights.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-        torch.testing.assert_close(weighted[level], before * spread[:, :, None])
+        for modality in range(3):
+            before = maps[:, modality] if level == 4 else features[modality][level]
+            expected = before * spread[:, modality : modality + 1]
+            if level < 3:
+                expected = levels[level].fusion.layers.project(expected, modality)
+            torch.testing.assert_close(weighted[level][modality], expected)
 
 
 @pytest.mark.parametrize("presence", PRESENCE)
@@ -149,7 +160,7 @@ def test_cross_attention_equals_that_to_the_present_modalities_alone(presence: T
     for channel in range(4):
         scores = (key * query[channel]).sum(dim=1) / NUM_TOKENS**0.5
         expected[channel] = (scores.softmax(dim=0)[:, None] * value).sum(dim=0)
-    torch.testing.assert_close(layer(x, features, score_bias)[0].flatten(1), expected)
+    torch.testing.assert_close(layer(x, by_modality(features), score_bias)[0].flatten(1), expected)
 
 
 def test_cross_attention_fusion_does_not_see_absent_modalities():
@@ -157,10 +168,10 @@ def test_cross_attention_fusion_does_not_see_absent_modalities():
     fusion = CrossAttentionFusion(2, 3, 4, dropout_rate=0.1).eval()
     x, features = torch.randn(2, 4, *GRID), torch.randn(2, 3, 4, *GRID)
     with torch.no_grad():
-        output = fusion(x, features, PRESENCE)
+        output = fusion(x, by_modality(features), PRESENCE)
         for changed, same in [(~PRESENCE, True), (PRESENCE, False)]:
             noisy = torch.where(changed[:, :, None, None, None], torch.randn_like(features), features)
-            assert torch.equal(fusion(x, noisy, PRESENCE), output) == same
+            assert torch.equal(fusion(x, by_modality(noisy), PRESENCE), output) == same
 
 
 def test_auxiliary_logits_go_from_full_resolution_to_the_tokens():

@@ -37,8 +37,8 @@ def joined(token_order: str) -> torch.Tensor:
     network.from_tokens = nn.Identity()
     modality = torch.arange(3).view(3, 1, 1)
     place = torch.arange(6).view(1, 2, 3)
-    tokens = torch.stack([modality.expand(3, 2, 3), place.expand(3, 2, 3)], dim=1).float()  # [M, 2, h, w]
-    return network._join_tokens(torch.cat([tokens, tokens], dim=1)[None])
+    tokens = torch.stack([modality.expand(3, 2, 3), place.expand(3, 2, 3)], dim=3).float()  # [M, h, w, 2]
+    return network._join_tokens(dict(enumerate(torch.cat([tokens, tokens], dim=3).flatten(1, 2)[:, None])))
 
 
 def test_aligned_tokens_keep_their_place():

@@ -105,7 +105,7 @@ def test_terms_of_the_released_objective(loaded: tuple[str, Backbone], mask: str
     presence = presence_of(mask)
     loss = PassionLoss.released(4, 4, availability=AVAILABILITY)
     with torch.no_grad():
-        total = loss(SelfDistillation(network, own_predictions=True)(case()[0], presence), case()[1])
+        total = loss(SelfDistillation(network, own_predictions="all")(case()[0], presence), case()[1])
     terms = {
         "fuse and prm": (loss.terms["loss_segmentation"][0], expected["fuse"] + expected["prm"]),
         "sep": (loss.terms["loss_regularisation"][presence], expected["sep_m"][presence[0]]),
@@ -125,7 +125,9 @@ def test_gradient_norms_of_the_released_objective(loaded: tuple[str, Backbone], 
     name, network = loaded
     network.zero_grad(set_to_none=True)
     loss = PassionLoss.released(4, 4, availability=AVAILABILITY)
-    loss(SelfDistillation(network, own_predictions=True)(case()[0], presence_of(mask)), case()[1]).backward()
+    loss(
+        SelfDistillation(network, own_predictions="neglected")(case()[0], presence_of(mask), case()[1]), case()[1]
+    ).backward()
     names = numbers(name)["param_names"].tolist()
     expected = numbers(name)[f"seed0/train/{mask}/grad_norms"]
     # Numbers take the way of the weights: which of their parameters ends up where in ours.

@@ -1,0 +1,181 @@
+"""Taking weights over to other modalities: the same for every backbone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from passion_monai.networks import BACKBONES, Backbone
+from passion_monai.networks.pretrained import bundle_modalities, load_pretrained, transfer_weights
+
+SMALL: dict[str, dict[str, int]] = {
+    "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32},
+    "rfnet": {"width": 4},
+    "m2ftrans": {"width": 2, "num_heads": 2, "mlp_channels": 32},
+}
+CASES = list(itertools.product(BACKBONES, (2, 3)))
+
+
+def build(
+    name: str, spatial_dims: int = 2, *, modalities: int = 3, classes: int = 3, size: int = 32, seed: int = 0
+) -> Backbone:
+    torch.manual_seed(seed)
+    network = BACKBONES[name](spatial_dims, modalities, classes, img_size=size, **SMALL.get(name, {})).eval().double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
+def transfer(source: Backbone, target: Backbone, modalities: str, pretrained: str, **kwargs: dict[str, str]):
+    return transfer_weights(
+        target, source.state_dict(), modalities=list(modalities), pretrained_modalities=list(pretrained), **kwargs
+    )
+
+
+def image(spatial_dims: int, modalities: int) -> torch.Tensor:
+    return torch.randn(
+        2, modalities, *[32] * spatial_dims, dtype=torch.double, generator=torch.Generator().manual_seed(1)
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "spatial_dims"), CASES)
+def test_the_same_modalities_give_the_same_network(name: str, spatial_dims: int):
+    source, target = build(name, spatial_dims), build(name, spatial_dims, seed=1)
+    report = transfer(source, target, "abc", "abc")
+    assert (report.partial, report.fresh) == ((), {})
+    x = image(spatial_dims, 3)
+    torch.testing.assert_close(target(x), source(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "spatial_dims"), CASES)
+def test_a_dropped_modality_is_as_an_absent_one(name: str, spatial_dims: int):
+    source, target = build(name, spatial_dims), build(name, spatial_dims, modalities=2, seed=1)
+    report = transfer(source, target, "ca", "abc")
+    assert set(report.fresh.values()) <= {"mixes the modalities, which are others"}
+    x = image(spatial_dims, 3)
+    if report.fresh:
+        features = source.encode(x, torch.tensor([[True, False, True]]))
+        permuted = target.encode(x[:, [2, 0]], torch.ones(1, 2, dtype=torch.bool))
+        torch.testing.assert_close(permuted, (features[2], features[0]))
+    else:
+        expected = source(x, torch.tensor([[True, False, True]] * 2))
+        torch.testing.assert_close(target(x[:, [2, 0]]), expected)
+
+
+def test_only_mmformer_has_to_learn_the_fusion_anew():
+    """Of the others every value has its place when a modality is dropped."""
+    fresh = {name: transfer(build(name), build(name, modalities=2), "ab", "abc").fresh for name in BACKBONES}
+    assert [name for name in fresh if fresh[name]] == ["mmformer"]
+
+
+@pytest.mark.parametrize(("name", "spatial_dims"), CASES)
+def test_a_new_modality_starts_fresh(name: str, spatial_dims: int):
+    source, target = build(name, spatial_dims), build(name, spatial_dims, modalities=4, seed=1)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    report = transfer(source, target, "abxc", "abc")
+    after, theirs = target.state_dict(), source.state_dict()
+    for key in (key for key in after if key.startswith("encoders.")):
+        index = int(key.split(".")[1])
+        expected = before[key] if index == 2 else theirs[key.replace("encoders.3", "encoders.2")]
+        assert torch.equal(after[key], expected)
+        assert (report.fresh.get(key) == "belongs to a modality that is new") == (index == 2)
+
+
+@pytest.mark.parametrize(("name", "spatial_dims"), CASES)
+def test_every_parameter_is_accounted_for(name: str, spatial_dims: int):
+    source, target = build(name, spatial_dims), build(name, spatial_dims, modalities=4, classes=2, seed=1)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    report = transfer(source, target, "cxab", "abc")
+    assert sorted([*report.transferred, *report.partial, *report.fresh]) == sorted(before)
+    after = target.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in report.fresh)
+    assert all(not torch.equal(after[key], before[key]) for key in report.partial)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_other_classes_leave_all_but_the_predictions(name: str):
+    target = build(name, classes=4, seed=1)
+    report = transfer(build(name), target, "abc", "abc")
+    assert "fusion_decoder.head.weight" in report.fresh or "fusion_decoder.heads.0.weight" in report.fresh
+    sizes = {key: value.numel() for key, value in target.state_dict().items()}
+    assert sum(sizes[key] for key in report.fresh) < 0.2 * sum(sizes.values())
+    assert not any(key.startswith("encoders.") for key in report.fresh)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("modalities", ["abc", "ca"])
+def test_positions_are_interpolated_to_another_crop(name: str, modalities: str):
+    target = build(name, modalities=len(modalities), size=64, seed=1)
+    report = transfer(build(name), target, modalities, "abc")
+    assert not any("shape" in reason for reason in report.fresh.values())
+
+
+def test_interpolated_positions_stay_with_their_modality():
+    source, target = build("mmformer"), build("mmformer", modalities=2, size=64)
+    with torch.no_grad():
+        for index in range(3):
+            source.position_embeddings[index] = index + 1.0
+    transfer(source, target, "ca", "abc")
+    torch.testing.assert_close(target.position_embeddings[0], torch.full_like(target.position_embeddings[0], 3.0))
+    torch.testing.assert_close(target.position_embeddings[1], torch.full_like(target.position_embeddings[1], 1.0))
+
+
+@torch.no_grad()
+def test_modalities_that_are_called_otherwise():
+    source, target = build("rfnet"), build("rfnet", modalities=2, seed=1)
+    report = transfer(source, target, "zb", "abc", modality_names={"z": "a"})
+    assert report.fresh == {}
+    x = image(2, 3)
+    torch.testing.assert_close(target(x[:, :2]), source(x, torch.tensor([[True, True, False]] * 2)))
+
+
+@pytest.mark.parametrize(
+    ("modalities", "names", "message"),
+    [
+        ("xyz", {}, r"None of the modalities .* say with modality_names"),
+        ("abc", {"q": "a"}, "modality_names must map names of"),
+        ("abc", {"a": "q"}, "modality_names must map names of"),
+        ("abz", {"z": "a"}, r"must not map two modalities to one"),
+        ("ab", {}, r"modalities must name 3 channels"),
+    ],
+)
+def test_names_that_do_not_fit(modalities: str, names: dict[str, str], message: str):
+    with pytest.raises(ValueError, match=message):
+        transfer(build("rfnet"), build("rfnet"), modalities, "abc", modality_names=names)
+
+
+def test_weights_of_another_backbone_are_refused():
+    with pytest.raises(ValueError, match="no encoder that fits this RFNet"):
+        transfer(build("mmformer"), build("rfnet"), "abc", "abc")
+
+
+def test_weights_come_with_their_bundle(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    channels = {"channel_def": {"0": "a", "1": "b", "2": "c"}}
+    (tmp_path / "configs").mkdir()
+    metadata = {"network_data_format": {"inputs": {"image": channels}}}
+    (tmp_path / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    torch.save(build("rfnet").state_dict(), tmp_path / "model.pt")
+    target = build("rfnet", modalities=2, classes=2, seed=1)
+    with caplog.at_level(logging.INFO):
+        load_pretrained(target, bundle=tmp_path, weights=tmp_path / "model.pt", modalities=["c", "n"])
+    assert "c from c, n is new" in caplog.text
+    assert "Initialised anew, because it belongs to a modality that is new: encoders.1." in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        load_pretrained(target, bundle=tmp_path, weights=tmp_path / "none.pt", modalities=["c", "n"])
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="give the folder of a bundle"):
+        bundle_modalities(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "metadata.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not say which modality a channel of the image is"):
+        bundle_modalities(tmp_path)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from passion_monai.distillation import SelfDistillation
+from passion_monai.inferers import CombinationInferer, PresenceInferer
+from passion_monai.losses import PassionLoss
+from passion_monai.networks import BACKBONES, Backbone
+from passion_monai.precision import autocast
+
+SMALL: dict[str, dict[str, int]] = {
+    "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32, "dropout_rate": 0},
+    "rfnet": {"width": 4},
+    "m2ftrans": {"width": 2, "num_heads": 2, "mlp_channels": 32, "dropout_rate": 0},
+}
+
+
+def build(name: str) -> Backbone:
+    torch.manual_seed(0)
+    return BACKBONES[name](2, 3, 3, img_size=32, **SMALL.get(name, {}))
+
+
+def losses(name: str, precision: str) -> tuple[float, Backbone]:
+    """The loss of one training step, and the network with its gradients."""
+    network = build(name)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    presence = torch.tensor([[True, True, False], [True, True, True]])
+    output = SelfDistillation(network, precision=precision)(image, presence)
+    tensors = [output.fused.logits, output.fused.features, *output.fused.auxiliary, output.students[0].logits]
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    loss = PassionLoss(3, 3)(output, torch.randint(3, (2, 1, 32, 32), generator=torch.Generator().manual_seed(1)))
+    loss.mean().backward()
+    return float(loss.detach().mean()), network
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_training_step_in_bfloat16_is_close_and_keeps_float32_weights(name: str):
+    exact, _ = losses(name, "float32")
+    rough, network = losses(name, "bfloat16")
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=0.05)
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert all(torch.isfinite(gradient).all() and gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("inferer", [PresenceInferer, lambda **kwargs: CombinationInferer(num_modalities=3, **kwargs)])
+def test_inference_in_bfloat16_gives_probabilities_in_float32(inferer: object):
+    network, image = build("rfnet").eval(), torch.randn(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    presence = torch.ones(1, 3, dtype=torch.bool)
+    exact, rough = (inferer(roi_size=(32, 32), precision=p)(image, network, presence) for p in ("float32", "bfloat16"))
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert (rough - exact).abs().mean() < 0.01
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision must be one of .*, got 'half'"):
+        autocast(torch.device("cpu"), "half")
