@@ -11,12 +11,14 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
+from monai.engines import IterationEvents
+from monai.handlers import from_engine
 from torch import Tensor
 
 from passion_monai.losses import PassionLoss
 from passion_monai.preference import epoch_preference, gap_preference, rescale_beta, update_beta
 
-__all__ = ["FileCheckpoint", "PreferenceHandler", "TrainingLog"]
+__all__ = ["FileCheckpoint", "HandlerSequence", "LossOutput", "PreferenceHandler", "TrainingLog"]
 
 
 class _RunningMean:
@@ -121,6 +123,38 @@ class PreferenceHandler:
         engine.state.metrics |= _by_modality("beta", self.loss.beta.tolist(), self.modalities)
 
 
+class HandlerSequence:
+    """Handlers that a configuration defines elsewhere, because it refers to them, in a trainer's list of handlers.
+
+    Args:
+        handlers: objects with a method `attach`, attached in this order; None is left out.
+    """
+
+    def __init__(self, handlers: Sequence[Any]) -> None:
+        self.handlers = [handler for handler in handlers if handler is not None]
+
+    def attach(self, engine: Engine) -> None:
+        """Attach them all."""
+        for handler in self.handlers:
+            handler.attach(engine)
+
+
+class LossOutput:
+    """Leaves the loss alone of what a trainer puts out, in the form that MONAI's handlers expect of any trainer.
+
+    The passes of an iteration need not be kept while the next one runs; and they are no per-sample lists, to which
+    MONAI would decollate them.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer; attach it before the handlers that read the output."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state: Any = engine.state
+        state.output = [{"loss": state.output["loss"].detach()}]
+
+
 class TrainingLog:
     """Writes a CSV file with one row per epoch: the loss, its terms per modality, preference, beta and validation.
 
@@ -133,7 +167,8 @@ class TrainingLog:
         path: the CSV file; its folder is made.
         loss: the loss of the trainer, with an attribute `terms` (see :class:`passion_monai.losses.PassionLoss`).
         modalities: names of the M modalities.
-        validator: the evaluator that validates; attach this handler after the one that runs it.
+        validator: the evaluator that validates; attach this handler after the one that runs it, and after
+            :class:`LossOutput`.
     """
 
     def __init__(self, path: str | Path, loss: Any, modalities: Sequence[str], *, validator: Engine) -> None:
@@ -163,8 +198,7 @@ class TrainingLog:
         self._validated = True
 
     def _accumulate(self, engine: Engine) -> None:
-        output: Any = engine.state.output
-        loss = output["loss"].detach().reshape(1)
+        loss = from_engine(["loss"], first=True)(engine.state.output).reshape(1)
         for name, values in ({"loss": loss} | self.loss.terms).items():
             self._means.setdefault(name, _RunningMean()).update(values)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
 from torch import nn
 
-from passion_monai.handlers import FileCheckpoint, PreferenceHandler, TrainingLog
+from passion_monai.handlers import FileCheckpoint, HandlerSequence, LossOutput, PreferenceHandler, TrainingLog
 from passion_monai.losses import PassionLoss
 
 MODALITIES = ("a", "b", "c")
@@ -21,10 +22,10 @@ PREFERENCES = [[[0.4, -0.4, NAN], [0.0, NAN, NAN]], [[NAN, 0.1, -0.1], [-0.3, 0.
 def train(loss: PassionLoss, handlers: list[object], epochs: int = 1) -> Engine:
     """An engine that leaves in the loss what a training step would."""
 
-    def step(_: Engine, preference: list[list[float]]) -> dict[str, torch.Tensor]:
+    def step(_: Engine, preference: list[list[float]]) -> list[dict[str, torch.Tensor]]:
         values = torch.tensor(preference)
         loss.terms = {"loss_segmentation": torch.tensor([1.0, 3.0]), "relative_preference": values}
-        return {"loss": torch.tensor(2.0)}
+        return [{"loss": torch.tensor(2.0)}]
 
     engine = Engine(step)
     for handler in handlers:
@@ -141,6 +142,37 @@ class TestTrainingLog:
             continued = list(csv.DictReader(file))
         assert continued[:2] == rows
         assert len(continued) == 3
+
+
+def test_only_the_loss_stays_in_the_output():
+    weight = torch.tensor(3.0, requires_grad=True)
+
+    def step(engine: Engine, _: int) -> object:
+        engine.state.output = {"pred": torch.zeros(9), "loss": 2 * weight}
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    LossOutput().attach(engine)
+    engine.run([0])
+    assert engine.state.output == [{"loss": torch.tensor(6.0)}]
+    assert not engine.state.output[0]["loss"].requires_grad
+
+
+def test_handlers_in_a_sequence_are_attached_in_order():
+    engine, calls = Engine(lambda _, __: None), []
+
+    class Handler:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def attach(self, engine: Engine) -> None:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: calls.append(self.name))
+
+    HandlerSequence([Handler("a"), None, Handler("b")]).attach(engine)
+    engine.run([0])
+    assert calls == ["a", "b"]
 
 
 class TestFileCheckpoint:

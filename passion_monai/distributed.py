@@ -1,0 +1,74 @@
+"""Training by several processes, started by torchrun, each with a device of its own."""
+
+from __future__ import annotations
+
+import os
+
+import ignite.distributed as idist
+import torch
+from monai.data import Dataset, DistributedSampler
+from torch import distributed
+from torch.utils.data import Sampler, SequentialSampler
+
+__all__ = ["local_device", "rank", "start_process_group", "training_sampler", "validation_sampler"]
+
+
+def rank() -> int:
+    """The number of this process among all of them.
+
+    Raises:
+        ValueError: when this process was not started by torchrun.
+    """
+    return _from_environment("RANK")
+
+
+def local_device() -> torch.device:
+    """The device of this process: the GPU with its number on this machine, or the CPU where there is none."""
+    return torch.device("cuda", _from_environment("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_process_group() -> None:
+    """Connect the processes, by NCCL between GPUs and by gloo between CPUs."""
+    rank()  # an error of ours, instead of one of the group's, where torchrun is not used
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Ignite makes a group of its own at its first call; if only some of the processes made that call, they would hang.
+    idist.sync()
+
+
+def training_sampler(dataset: Dataset, *, seed: int) -> Sampler[int]:
+    """Gives every process its own samples, in a new order each epoch, and no sample to two of them.
+
+    What is left over when the samples are not a multiple of the processes is left out of that epoch, other samples in
+    each.
+
+    Raises:
+        ValueError: when there are fewer samples than processes.
+    """
+    processes = distributed.get_world_size()
+    if len(dataset) < processes:
+        raise ValueError(f"{len(dataset)} training samples are too few for {processes} processes; start fewer.")
+    return DistributedSampler(
+        dataset, num_replicas=processes, rank=distributed.get_rank(), shuffle=True, seed=seed, drop_last=True
+    )
+
+
+def validation_sampler(dataset: Dataset) -> Sampler[int]:
+    """Shares the cases out among the processes, each case to one of them.
+
+    Fewer cases than processes are given to all of them, which changes no mean.
+    """
+    processes = distributed.get_world_size()
+    if len(dataset) < processes:
+        return SequentialSampler(dataset)
+    return DistributedSampler(
+        dataset, even_divisible=False, num_replicas=processes, rank=distributed.get_rank(), shuffle=False
+    )
+
+
+def _from_environment(name: str) -> int:
+    if name not in os.environ:
+        raise ValueError(f"{name} is not set: start the training with torchrun, or without multi_gpu_train.yaml.")
+    return int(os.environ[name])
