@@ -1,41 +1,90 @@
-"""Makes the bundles' `configs/*.yaml` by concatenating YAML fragments: `python bundles/build.py [--check]`.
+"""Makes the files of all bundles from what they share: `python bundles/build.py [--check]`.
 
-Every bundle folder holds a `bundle.yaml` with what is its own; `_shared/` holds the rest. With --check nothing is
-written, and the exit code is 1 when a committed file is not what its fragments make.
+A bundle is a folder `<data set>_<backbone>_passion` with a `bundle.yaml`. Its `configs/*.yaml` are fragments of YAML,
+put one after the other; its metadata and README are filled in from `_shared/documents/` and from what the data set's
+file in the package says. With --check nothing is written, and the exit code is 1 when a committed file is not what it
+should be.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from string import Template
+from typing import Any
 
 import yaml
 
+from passion_monai import __version__
+from passion_monai.datasets import DatasetSpec, get_spec
+
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT / "_shared"
+DOCUMENTS = SHARED / "documents"
+PHANTOM_SCORES = DOCUMENTS / "phantom_scores.json"
+RUN = "python -m monai.bundle run "
+# Per configuration: what it does, and its command. An overlay is given as a second file after train.yaml.
 WORKFLOWS = {
-    "train": "Trains one network on incomplete cases. Run it, from anywhere, with",
-    "evaluate": "Scores every modality combination on complete cases. Run it, from anywhere, with",
-    "inference": "Segments patients, whatever modalities they have. Run it, from anywhere, with",
+    "train": ("Trains one network on incomplete cases", RUN + "training --config_file {path} --dataset_dir <folder>"),
+    "evaluate": ("Scores every modality combination", RUN + "--config_file {path} --dataset_dir <folder>"),
+    "inference": ("Segments patients, whatever they have", RUN + "--config_file {path} --dataset_dir <folder>"),
+}
+OVERLAYS = {
+    "finetune": (
+        "Starts a training from this bundle's weights, on another cohort",
+        RUN + "training --config_file \"['{train}','{path}']\" --datalist <file>",
+    ),
+    "multi_gpu_train": (
+        "Trains on several GPUs",
+        "torchrun --nproc_per_node=8 -m monai.bundle run training --config_file \"['{train}','{path}']\"",
+    ),
 }
 
 
-def compose(bundle: Path, workflow: str) -> str:
+def bundle_folders() -> list[Path]:
+    """The folders of all bundles."""
+    return [source.parent for source in sorted(ROOT.glob("*/bundle.yaml"))]
+
+
+def bundle_files(bundle: Path, *, phantom: bool = False) -> Iterator[tuple[str, str]]:
+    """Relative path and text of every file of a bundle that is made here.
+
+    Args:
+        bundle: its folder.
+        phantom: make the small variant whose weights are trained on the phantom; fragments in `_shared/phantom/` then
+            stand in for those of the same name.
+    """
+    for workflow in WORKFLOWS | OVERLAYS:
+        yield f"configs/{workflow}.yaml", compose(bundle, workflow, phantom=phantom)
+    facts = _facts(bundle, phantom=phantom)
+    yield "configs/metadata.json", json.dumps(_metadata(facts), indent=4) + "\n"
+    yield "configs/logging.conf", (DOCUMENTS / "logging.conf").read_text(encoding="utf-8")
+    yield "docs/README.md", _readme(facts)
+    yield "LICENSE", (ROOT.parent / "LICENSE").read_text(encoding="utf-8")
+
+
+def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
     """The text of one configuration file.
 
     Raises:
         ValueError: when two fragments have the same top-level key.
     """
-    run_id = "training " if workflow == "train" else ""
+    what, command = (WORKFLOWS | OVERLAYS)[workflow]
+    path = f"bundles/{bundle.name}/configs/{{}}.yaml"
     banner = (
-        f"# {WORKFLOWS[workflow]}\n"
-        f"#   python -m monai.bundle run {run_id}--config_file bundles/{bundle.name}/configs/{workflow}.yaml "
-        "--dataset_dir <folder>\n"
+        f"# {what}. Run it, from anywhere, with\n"
+        f"#   {command.format(path=path.format(workflow), train=path.format('train'))}\n"
         "# Every id below can be overridden in the same way. Made from fragments by `make bundles`: do not edit.\n"
     )
-    fragments = [bundle / "bundle.yaml", SHARED / "common.yaml", SHARED / f"{workflow}.yaml"]
+    fragments = [_fragment(workflow, phantom=phantom)]
+    if workflow in WORKFLOWS:
+        dataset, backbone = _parts(bundle)
+        names = (dataset, f"{dataset}_grid", backbone, "common")
+        fragments = [bundle / "bundle.yaml", *(_fragment(name, phantom=phantom) for name in names), *fragments]
     owner: dict[str, Path] = {}
     for fragment in fragments:
         for key in yaml.safe_load(fragment.read_text(encoding="utf-8")):
@@ -45,11 +94,158 @@ def compose(bundle: Path, workflow: str) -> str:
     return "\n".join([banner, *(fragment.read_text(encoding="utf-8") for fragment in fragments)])
 
 
-def configurations() -> Iterator[tuple[Path, str]]:
-    """Path and text of every configuration file of every bundle."""
-    for source in sorted(ROOT.glob("*/bundle.yaml")):
-        for workflow in WORKFLOWS:
-            yield source.parent / "configs" / f"{workflow}.yaml", compose(source.parent, workflow)
+def _fragment(name: str, *, phantom: bool) -> Path:
+    small = SHARED / "phantom" / f"{name}.yaml"
+    return small if phantom and small.is_file() else SHARED / f"{name}.yaml"
+
+
+def _parts(bundle: Path) -> tuple[str, str]:
+    """Data set and backbone of a bundle."""
+    dataset, backbone, _ = bundle.name.split("_")
+    return dataset, backbone
+
+
+def _facts(bundle: Path, *, phantom: bool) -> dict[str, Any]:
+    """All that the documents of a bundle speak of."""
+    dataset, backbone = _parts(bundle)
+    grid = yaml.safe_load(_fragment(f"{dataset}_grid", phantom=phantom).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = {"name": bundle.name, "spec": get_spec(dataset), "roi_size": grid["roi_size"]}
+    for part in (dataset, backbone):
+        facts |= yaml.safe_load((DOCUMENTS / f"{part}.yaml").read_text(encoding="utf-8"))
+    facts["release"] = f"{__version__}-phantom"
+    facts["version"] = facts["release"] if phantom else __version__
+    facts["phantom"] = phantom
+    facts["method_reference"] = (
+        "J. Shi et al., PASSION: Towards Effective Incomplete Multi-Modal Medical Image Segmentation with Imbalanced "
+        "Missing Rates, ACM MM 2024, https://doi.org/10.1145/3664647.3681543"
+    )
+    sides = {key: " x ".join(f"{size:g}" for size in grid[key]) for key in ("spacing", "roi_size")}
+    facts["preprocessing_text"] = Template(facts["preprocessing_text"]).substitute(
+        spacing_text=sides["spacing"], roi_text=sides["roi_size"]
+    )
+    facts["paper_dice"] = facts["paper_dice"].get(backbone)
+    return facts
+
+
+def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of metadata.json, in the terms of MONAI's schema."""
+    spec: DatasetSpec = facts["spec"]
+    versions = _pinned_versions()
+    weights = "trained on the PHANTOM cohort, not on patients" if facts["phantom"] else "not included"
+    return {
+        "schema": "https://project-monai.github.io/schema/meta_schema_20240725.json",
+        "version": facts["version"],
+        "changelog": {facts["version"]: f"first version; weights {weights}"},
+        "monai_version": versions["monai"],
+        "pytorch_version": versions["torch"],
+        "numpy_version": versions["numpy"],
+        "required_packages_version": {
+            "passion-monai": __version__,
+            **{name: versions[name] for name in ("nibabel", "pytorch-ignite", "itk")},
+        },
+        "name": f"{facts['dataset_title']} with missing sequences, {facts['backbone_title']} with PASSION"
+        + (" (PHANTOM weights)" if facts["phantom"] else ""),
+        "task": facts["task"],
+        "description": "One network trained with PASSION on cohorts in which patients lack MR sequences, some far more "
+        f"often than others; it segments {facts['subject']} from whatever subset of {facts['sequences']} there is. "
+        f"Weights: {weights}.",
+        "authors": "the passion-monai contributors",
+        "copyright": "Copyright (c) the passion-monai contributors",
+        "data_source": f"{facts['data_source']}; without it, the phantom cohort that the package writes",
+        "data_type": "nibabel",
+        "image_classes": facts["image_classes"],
+        "label_classes": facts["label_classes"],
+        "pred_classes": ", ".join(f"{index} {name}" for index, name in enumerate(spec.class_names)),
+        "eval_metrics": _phantom_scores(facts["name"]) if facts["phantom"] else {},
+        "intended_use": "Research on segmentation with missing modalities. Not a medical device, not for clinical use.",
+        "references": [
+            facts["method_reference"],
+            facts["backbone_reference"],
+            facts["reference"],
+        ],
+        "network_data_format": {
+            "inputs": {"image": _tensor(facts, "magnitude", spec.modalities) | {"modality": "MR"}},
+            "outputs": {"pred": _tensor(facts, "segmentation", spec.class_names)},
+        },
+    }
+
+
+def _tensor(facts: Mapping[str, Any], tensor_format: str, channels: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "type": "image",
+        "format": tensor_format,
+        "num_channels": len(channels),
+        "spatial_shape": facts["roi_size"],
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": True,
+        "channel_def": {str(index): name for index, name in enumerate(channels)},
+    }
+
+
+def _pinned_versions() -> dict[str, str]:
+    text = (ROOT.parent / "constraints.txt").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", text, flags=re.MULTILINE))
+
+
+def _readme(facts: Mapping[str, Any]) -> str:
+    spec: DatasetSpec = facts["spec"]
+    weights = (
+        "**The weights were trained on the PHANTOM cohort: simulated images, a small network on a coarse grid. They "
+        "show\nhow everything works, and are of no use for patients.**"
+        if facts["phantom"]
+        else "The repository has no weights; a release's zip has small ones, trained on the phantom by `make weights`."
+    )
+    derived = {
+        "num_modalities": len(spec.modalities),
+        "num_classes": len(spec.class_names),
+        "modalities": ", ".join(spec.modalities),
+        "classes": ", ".join(spec.class_names),
+        "weights_text": weights,
+        "input_shape": str([1, len(spec.modalities), *facts["roi_size"]]).replace(" ", ""),
+        "paper_text": _paper_text(facts),
+        "scores_text": _scores_text(facts["name"]),
+    }
+    template = Template((DOCUMENTS / "README.md").read_text(encoding="utf-8"))
+    return template.substitute(facts, **derived)
+
+
+def _paper_text(facts: Mapping[str, Any]) -> str:
+    if facts["paper_dice"] is None:
+        return f"The paper has no scores of {facts['backbone_title']} on {facts['dataset_title']}."
+    rows = zip(("Baseline", "PASSION"), facts["paper_dice"], strict=True)
+    return "\n".join(
+        [
+            f"No scores of this implementation on {facts['data_source'].split(',')[0]} exist yet.",
+            f"**The paper's** mean Dice in percent over {facts['paper_setting']}:",
+            "",
+            "| | " + " | ".join(facts["paper_regions"]) + " |",
+            "|---" * (len(facts["paper_regions"]) + 1) + "|",
+            *(f"| {method} | " + " | ".join(f"{value:.2f}" for value in values) + " |" for method, values in rows),
+        ]
+    )
+
+
+def _phantom_scores(name: str) -> dict[str, float]:
+    """Mean Dice of the weights trained on the phantom, per region, as `make weights` measured it."""
+    scores = json.loads(PHANTOM_SCORES.read_text(encoding="utf-8")) if PHANTOM_SCORES.is_file() else {}
+    return dict(scores.get(name, {}))
+
+
+def _scores_text(name: str) -> str:
+    scores = _phantom_scores(name)
+    if not scores:
+        return "**Ours, on the phantom:** not measured yet; `make weights` does."
+    return "\n".join(
+        [
+            "**Ours, on the phantom** (simulated images; it says nothing about patients): mean Dice in percent of the",
+            "small weights over all combinations of the phantom's test cases.",
+            "",
+            "| " + " | ".join(scores) + " |",
+            "|---" * len(scores) + "|",
+            "| " + " | ".join(f"{100 * value:.1f}" for value in scores.values()) + " |",
+        ]
+    )
 
 
 def main() -> int:
@@ -57,12 +253,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     check = parser.parse_args().check
-    stale = [(path, text) for path, text in configurations() if not path.is_file() or path.read_text("utf-8") != text]
+    files = [(bundle / path, text) for bundle in bundle_folders() for path, text in bundle_files(bundle)]
+    stale = [(path, text) for path, text in files if not path.is_file() or path.read_text("utf-8") != text]
     for path, text in stale:
         if not check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        print(f"{'differs from its fragments' if check else 'written'}: {path.relative_to(ROOT.parent)}")
+        print(f"{'is not what it should be' if check else 'written'}: {path.relative_to(ROOT.parent)}")
     return int(check and bool(stale))
 
 

@@ -1,0 +1,103 @@
+"""Makes the zip files that users download: `python bundles/pack.py weights [bundle ...]`, then `... zip [bundle ...]`.
+
+`weights` trains the small variant of each bundle on its phantom cohort, in `dist/<bundle>/`, and scores it. `zip` packs
+the folders that have weights, with a JSON twin of every configuration (`monai.bundle.load` reads only those) and the
+package itself as a wheel, into `dist/<bundle>_v<version>.zip`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+from build import PHANTOM_SCORES, ROOT, bundle_files, bundle_folders
+from monai.bundle import ConfigParser
+
+DIST = ROOT.parent / "dist"
+# Enough for the curves to flatten. The paper's settings are for weeks of training on real data.
+TRAINING = {
+    "brats": ["--epochs", "120", "--val_interval", "120", "--learning_rate", "3.0e-3", "--batch_size", "4"],
+    "myops": ["--epochs", "60", "--val_interval", "60", "--learning_rate", "2.0e-3", "--batch_size", "4"],
+}
+
+
+def write_bundle(source: Path, target: Path) -> None:
+    """The phantom variant of a bundle, without weights."""
+    for path, text in bundle_files(source, phantom=True):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).write_text(text, encoding="utf-8")
+
+
+def train_weights(source: Path) -> None:
+    """Train and score a bundle's small variant; the weights go into it, the scores into all documents."""
+    bundle, run_dir = DIST / source.name, DIST / "runs" / source.name
+    write_bundle(source, bundle)
+    command = [sys.executable, "-m", "monai.bundle", "run"]
+    shared = ["--output_dir", str(run_dir), "--num_workers", "0"]
+    training = [
+        "training",
+        "--config_file",
+        str(bundle / "configs" / "train.yaml"),
+        *TRAINING[source.name.split("_")[0]],
+    ]
+    subprocess.run([*command, *training, *shared], check=True)
+    subprocess.run([*command, "--config_file", str(bundle / "configs" / "evaluate.yaml"), *shared], check=True)
+    scores = pd.read_csv(run_dir / "evaluation" / "scores.csv").groupby("region", sort=False)["dice"].mean().round(4)
+    known = json.loads(PHANTOM_SCORES.read_text(encoding="utf-8")) if PHANTOM_SCORES.is_file() else {}
+    known[source.name] = scores.to_dict()
+    PHANTOM_SCORES.write_text(json.dumps(known, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+    (bundle / "models").mkdir(exist_ok=True)
+    shutil.copy(run_dir / "models" / "model.pt", bundle / "models" / "model.pt")
+
+
+def pack(source: Path, wheel: Path) -> Path:
+    """Zip the small variant of a bundle; its folder must have the weights.
+
+    Raises:
+        FileNotFoundError: when it has none.
+    """
+    bundle = DIST / source.name
+    if not (bundle / "models" / "model.pt").is_file():
+        raise FileNotFoundError(f"{bundle} has no models/model.pt; run `make weights` first.")
+    write_bundle(source, bundle)
+    for config in (bundle / "configs").glob("*.yaml"):
+        content = ConfigParser.load_config_file(str(config))
+        ConfigParser.export_config_file(content, str(config.with_suffix(".json")), fmt="json", indent=4)
+    for old in bundle.glob("*.whl"):
+        old.unlink()
+    shutil.copy(wheel, bundle)
+    version = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
+    archive = DIST / f"{source.name}_v{version}"
+    return Path(shutil.make_archive(str(archive), "zip", root_dir=DIST, base_dir=source.name))
+
+
+def build_wheel() -> Path:
+    """The package as a wheel in `dist/`."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), str(ROOT.parent)]
+    subprocess.run(command, check=True)
+    return max(DIST.glob("passion_monai-*.whl"), key=lambda path: path.stat().st_mtime)
+
+
+def main() -> None:
+    """Train weights, or pack what has weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("weights", "zip"))
+    parser.add_argument("bundles", nargs="*", help="names of the bundles, all of them by default")
+    arguments = parser.parse_args()
+    sources = [folder for folder in bundle_folders() if folder.name in arguments.bundles or not arguments.bundles]
+    if arguments.action == "weights":
+        for source in sources:
+            train_weights(source)
+    else:
+        wheel = build_wheel()
+        for source in sources:
+            print(pack(source, wheel))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Every way in that MONAI has, as the real command."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import importlib.util
+import json
+import shutil
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nibabel as nib
+import onnxruntime
+import pytest
+import torch
+from monai.bundle import create_workflow, load
+from monai.data import load_net_with_metadata
+
+SCHEMA = Path(__file__).with_name("metadata_schema.json")
+
+
+def printed(result: Any) -> str:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-12000:]
+    return result.stdout + result.stderr
+
+
+def network_settings(bundle: Any) -> dict[str, Any]:
+    """The small network, without what concerns data; the crop is the network's too."""
+    kept = ("roi_size", "network_def::")
+    return {name: value for name, value in bundle.small.items() if name.startswith(kept)}
+
+
+def build_network(bundle: Any, weights: Path) -> torch.nn.Module:
+    settings = network_settings(bundle) | {"bundle_root": str(bundle.folder)}
+    workflow = create_workflow(config_file=bundle.config("inference"), logging_file=False, **settings)
+    network = workflow.parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network
+
+
+def random_image(bundle: Any) -> torch.Tensor:
+    channels = len(
+        json.loads((bundle.folder / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]["image"][
+            "channel_def"
+        ]
+    )
+    return torch.randn(1, channels, *bundle.small["roi_size"], generator=torch.Generator().manual_seed(0))
+
+
+class TestMetadata:
+    @pytest.mark.two_bundles
+    def test_it_keeps_the_schema(self, bundle: Any):
+        meta_file = bundle.folder / "configs" / "metadata.json"
+        printed(bundle.monai("verify_metadata", meta_file=meta_file, filepath=SCHEMA))
+
+    def test_a_key_that_is_missing_is_noticed(self, one_bundle: Any, tmp_path: Path):
+        metadata = json.loads((one_bundle.folder / "configs" / "metadata.json").read_text())
+        del metadata["network_data_format"]["inputs"]["image"]["dtype"]
+        (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+        result = one_bundle.monai("verify_metadata", meta_file=tmp_path / "metadata.json", filepath=SCHEMA)
+        assert "'dtype' is a required property" in result.stderr
+
+    def test_the_changelog_has_the_version(self, bundle: Any):
+        metadata = json.loads((bundle.folder / "configs" / "metadata.json").read_text())
+        assert metadata["version"] in metadata["changelog"]
+
+    @pytest.mark.two_bundles
+    def test_network_takes_and_gives_what_it_says(self, bundle: Any, tmp_path: Path):
+        metadata = json.loads((bundle.folder / "configs" / "metadata.json").read_text())
+        for tensor in (
+            metadata["network_data_format"][side][name] for side, name in (("inputs", "image"), ("outputs", "pred"))
+        ):
+            tensor["spatial_shape"] = bundle.small["roi_size"]
+        (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+        files = {"meta_file": tmp_path / "metadata.json", "config_file": bundle.config("inference")}
+        printed(bundle.monai("verify_net_in_out", "network_def", **files, **network_settings(bundle)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestExport:
+    def export(self, bundle: Any, command: str, net_id: str, trained: Path, path: Path, **more: Any) -> None:
+        arguments = {"filepath": path, "ckpt_file": trained / "models" / "model.pt"}
+        arguments |= {
+            "meta_file": bundle.folder / "configs" / "metadata.json",
+            "config_file": bundle.config("inference"),
+        }
+        printed(bundle.monai(command, net_id, **arguments, **network_settings(bundle), **more))
+
+    @pytest.mark.two_bundles
+    @torch.no_grad()
+    def test_torchscript_takes_image_and_presence(self, bundle: Any, trained: Path, tmp_path: Path):
+        self.export(bundle, "ckpt_export", "network_script", trained, tmp_path / "model.ts")
+        script, metadata, extra = load_net_with_metadata(
+            str(tmp_path / "model.ts"), more_extra_files=["inference.json"]
+        )
+        assert metadata["version"]
+        assert json.loads(extra["inference.json"])["network_def"]
+        network, image = build_network(bundle, trained / "models" / "model.pt"), random_image(bundle)
+        for row in torch.eye(image.shape[1], dtype=torch.bool)[:, None]:
+            torch.testing.assert_close(script.eval()(image, row), network(image, row), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(script(image, ~row), network(image, ~row), rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.two_bundles
+    @torch.no_grad()
+    def test_onnx_gives_the_same_labels(self, bundle: Any, trained: Path, tmp_path: Path):
+        image = random_image(bundle)
+        shape = str(list(image.shape)).replace(" ", "")
+        self.export(bundle, "onnx_export", "network_onnx", trained, tmp_path / "model.onnx", input_shape=shape)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        network = build_network(bundle, trained / "models" / "model.pt")
+        for row in torch.eye(image.shape[1], dtype=torch.bool)[:, None]:
+            masked = image * row.view(1, -1, *[1] * (image.ndim - 2))
+            (logits,) = session.run(None, {session.get_inputs()[0].name: masked.numpy()})
+            expected = network(image, row)
+            torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-3)
+            assert (torch.from_numpy(logits).argmax(1) == expected.argmax(1)).float().mean() > 0.999
+
+
+@pytest.fixture(scope="module")
+def pack() -> Iterator[ModuleType]:
+    """bundles/pack.py, which is a command and no part of the package."""
+    folder = Path(__file__).parents[2] / "bundles"
+    sys.path.insert(0, str(folder))
+    specification = importlib.util.spec_from_file_location("pack", folder / "pack.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A web server on this machine, for the files in `tmp_path / "dist"`."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "dist"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.two_bundles
+def test_download_infer_and_load(
+    bundle: Any, pack: ModuleType, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The path of somebody who knows only MONAI: a zip from a server, unpacked and run from somewhere else."""
+    dist, elsewhere = tmp_path / "dist", tmp_path / "elsewhere"
+    monkeypatch.setattr(pack, "DIST", dist)
+    pack.write_bundle(bundle.folder, dist / bundle.name)
+    elsewhere.mkdir()
+    workflow = create_workflow(
+        config_file=str(dist / bundle.name / "configs" / "inference.yaml"), logging_file=False, bundle_root=str(dist)
+    )
+    (dist / bundle.name / "models").mkdir()
+    torch.save(
+        workflow.parser.get_parsed_content("network_def").state_dict(), dist / bundle.name / "models" / "model.pt"
+    )
+    (tmp_path / "package.whl").touch()
+    archive = pack.pack(bundle.folder, tmp_path / "package.whl")
+    assert archive.name.startswith(f"{bundle.name}_v")
+    assert "phantom" in archive.name
+    shutil.rmtree(dist / bundle.name)
+
+    url = f"{server}/{archive.name}"
+    printed(bundle.monai("download", cwd=elsewhere, name=bundle.name, url=url, bundle_dir=elsewhere))
+    folder = elsewhere / bundle.name
+    assert "PHANTOM" in (folder / "docs" / "README.md").read_text()
+    config = folder / "configs" / "inference.yaml"
+    printed(bundle.monai("run", cwd=elsewhere, config_file=config, num_workers=0, **{"phantom::num_cases": 3}))
+    predictions = list((folder / "predictions").glob("*_seg.nii.gz"))
+    assert len(predictions) == 3
+    assert all(nib.load(path).shape[2] > 1 for path in predictions)
+    network = load(bundle.name, bundle_dir=str(elsewhere), workflow_type="inference")
+    expected = torch.load(folder / "models" / "model.pt", weights_only=True)
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+def test_packing_without_weights_says_what_to_do(
+    one_bundle: Any, pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pack, "DIST", tmp_path)
+    with pytest.raises(FileNotFoundError, match="make weights"):
+        pack.pack(one_bundle.folder, tmp_path / "package.whl")
+
+
+@pytest.mark.two_bundles
+@pytest.mark.parametrize("workflow", ["train", "inference"])
+def test_create_workflow_finds_all_properties(bundle: Any, workflow: str, tmp_path: Path):
+    overrides = bundle.small | {"output_dir": str(tmp_path), "bundle_root": str(bundle.folder)}
+    created = create_workflow(
+        config_file=bundle.config(workflow), workflow_type=workflow, logging_file=False, **overrides
+    )
+    assert created.check_properties() == []
+
+
+def test_mlflow_tracks_what_the_log_says(one_bundle: Any, tmp_path: Path):
+    one_bundle.succeed("train", output_dir=tmp_path, epochs=2, val_interval=1, tracking="mlflow")
+    with (tmp_path / "training.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlruns.db")) as database:
+        tracked = dict(database.execute("select step, value from metrics where key = 'beta_flair'").fetchall())
+    assert tracked == {int(row["epoch"]): pytest.approx(float(row["beta_flair"])) for row in rows}
