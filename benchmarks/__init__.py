@@ -1,0 +1,1 @@
+"""Speed and memory, each measured in a process of its own: `python -m benchmarks.table` runs them all."""

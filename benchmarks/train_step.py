@@ -1,0 +1,64 @@
+"""A whole training step, with the optimiser: `python -m benchmarks.train_step --backbone rfnet --present 2`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import NUM_CLASSES, NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
+from passion_monai.distillation import SelfDistillation
+from passion_monai.losses import PassionLoss, TaskLoss
+
+MISSING_RATES = (0.2, 0.4, 0.6, 0.8)
+AVAILABILITY = [1 / (1 - rate) for rate in MISSING_RATES]
+
+
+def objective(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A loss, and the passes that it needs."""
+    if name == "paper":
+        return PassionLoss(NUM_MODALITIES, NUM_CLASSES, initial_beta=AVAILABILITY), {"own_predictions": "none"}
+    if name == "released":
+        return PassionLoss.released(NUM_MODALITIES, NUM_CLASSES, availability=AVAILABILITY), {
+            "own_predictions": "neglected"
+        }
+    return TaskLoss(), {"students": False, "own_predictions": "all"}
+
+
+def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
+    """A function that runs one step on a random crop of one sample."""
+    network = network_from(arguments)
+    loss, passes = objective(arguments.objective)
+    loss = loss.to(arguments.device)
+    distillation = SelfDistillation(network, precision=arguments.dtype, **passes)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
+    shape = [arguments.size] * 3
+    image = torch.randn(1, NUM_MODALITIES, *shape, device=arguments.device)
+    # Nested boxes: every class is there, and most is background, as in a brain.
+    axes = torch.meshgrid(*[torch.linspace(-1, 1, size) for size in shape], indexing="ij")
+    distance = torch.stack(axes).abs().amax(dim=0)
+    label = torch.bucketize(-distance, torch.tensor([-0.6, -0.35, -0.2]))[None, None].to(arguments.device)
+    presence = presence_of(arguments)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(distillation(image, presence, label), label).backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--objective", choices=("paper", "released", "baseline"), default="released")
+    arguments = parser.parse_args()
+    report(arguments, measure(train_step(arguments), arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()
