@@ -19,10 +19,13 @@ DEMO := --output_dir $(DEMO_OUTPUT) --roi_size '[32,32,32]' --spacing '[4.0,4.0,
 	--phantom::shape '[48,48,48]' --phantom::spacing '[4.0,4.0,4.0]'
 DEMO_TRAINING := --epochs 30 --val_interval 15 --learning_rate 1.0e-3
 
+# One file at a time on each of two cores: small tensors gain nothing from more threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install fix lint type test test-all bundles check-bundles check clean
+.PHONY: help demo install fix lint type test test-all bundles check-bundles weights dist-bundles check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,19 +54,25 @@ lint: $(VENV)/.dev  ## Check style, format and spelling
 	$(BIN)/codespell
 
 type: $(VENV)/.dev  ## Check types
-	$(BIN)/mypy passion_monai bundles
+	$(BIN)/mypy passion_monai bundles benchmarks
 
 test: $(VENV)/.dev  ## Run the tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev  ## Run all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bundles: $(VENV)/.dev  ## Rebuild the bundles' configs from their fragments
 	$(BIN)/python bundles/build.py
 
 check-bundles: $(VENV)/.dev  ## Check that the bundles' configs match their fragments
 	$(BIN)/python bundles/build.py --check
+
+weights: $(VENV)/.dev  ## Train the bundles' small weights on the phantom, into dist/
+	$(BIN)/python bundles/pack.py weights
+
+dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
+	$(BIN)/python bundles/pack.py zip
 
 check: lint type check-bundles test  ## All that a change must pass
 
@@ -82,5 +91,5 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
-	$(PIP_INSTALL) -e ".[demo,export,dev]"
+	$(PIP_INSTALL) -e ".[demo,export,tracking,dev]"
 	@touch $(VENV)/.demo $@
