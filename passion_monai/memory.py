@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
 
     A training step on a CPU allocates and frees tensors of 16 to 80 MB by the hundred. By default the GNU C library
     maps every one of them from the system anew, which has to clear its pages: up to a third of the time. Call this
-    before the first large allocation. It affects the whole process, but not the processes of a data loader; memory on
-    GPUs has an allocator of its own.
+    before the first large allocation. It affects the whole process, and no memory of a GPU, which has an allocator of
+    its own.
 
     Returns:
         Whether the C library took it; False on systems without the GNU C library, where nothing is changed.

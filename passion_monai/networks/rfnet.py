@@ -24,6 +24,7 @@ from passion_monai.networks.blocks import (
     UNetDecoder,
     conv,
     head,
+    is_exporting,
     upsample,
 )
 
@@ -220,7 +221,8 @@ class RegionFusion(nn.Module):
             weights = self.region_weights(list(features), voxels, probabilities)  # [B, K, P]
             mixing = self.fuse_regions[0].conv.weight.to(dtype).flatten(1).unflatten(1, (len(self.weightings), -1))
             products = torch.einsum("bkp,okc->bpcko", weights, mixing).flatten(1, 2)  # [B, P C, K, C_out]
-            mixed = RegionMixing.apply(probabilities, products, *voxels)  # [B, V, C_out]
+            mix = mix_regions if is_exporting() else RegionMixing.apply
+            mixed = mix(probabilities, products, *voxels)  # [B, V, C_out]
         return mixed.unflatten(1, logits.shape[2:]).movedim(-1, 1)
 
     def region_weights(self, modalities: Sequence[int], voxels: Sequence[Tensor], probabilities: Tensor) -> Tensor:
@@ -234,26 +236,31 @@ class RegionFusion(nn.Module):
         return weights[:, :, list(modalities)]
 
 
+def mix_regions(probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tensor:
+    """``sum_k p_k * (sum_m W_k,m y_m)`` of every voxel.
+
+    Shape:
+        - Input: p [B, K, V]; W [B, P * C, K, C_out]; P times y [B, V, C].
+        - Output: [B, V, C_out].
+    """
+    products = torch.cat(voxels, dim=2) @ weights.flatten(2)
+    return (products.unflatten(2, weights.shape[2:]) * probabilities.mT.unsqueeze(3)).sum(dim=2)
+
+
 class RegionMixing(torch.autograd.Function):
-    """``sum_k p_k * (sum_m W_k,m y_m)`` of every voxel, a few voxels at a time.
+    """:func:`mix_regions` with a gradient for all but p, a few voxels at a time.
 
     The products of all regions, K times as large as the output, would be what takes most memory and time in the whole
     network. Here they stay in the cache, and the backward pass computes them again.
-
-    Shape:
-        - Input: p [B, K, V], without gradient; W [B, P * C, K, C_out]; P times y [B, V, C].
-        - Output: [B, V, C_out].
     """
 
     @staticmethod
     def forward(ctx: Any, probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tensor:
         ctx.save_for_backward(probabilities, weights, *voxels)
-        mixed = voxels[0].new_empty(*voxels[0].shape[:2], weights.shape[3])
-        for part in _parts(voxels[0]):
-            products = torch.cat([y[:, part] for y in voxels], dim=2) @ weights.flatten(2)
-            shares = probabilities[:, :, part].mT.unsqueeze(3)
-            torch.sum(products.unflatten(2, weights.shape[2:]) * shares, dim=2, out=mixed[:, part])
-        return mixed
+        parts = _parts(voxels[0])
+        return torch.cat(
+            [mix_regions(probabilities[:, :, part], weights, *[y[:, part] for y in voxels]) for part in parts], dim=1
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -215,10 +215,11 @@ def combinations_with_garbage(
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), SLOW_CASES)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # torch's own instance norm compares sizes
-def test_traced_network_serves_every_combination(name: str, spatial_dims: int, num_modalities: int):
+def test_traced_network_serves_every_combination(name: str, spatial_dims: int, num_modalities: int, tmp_path: Path):
     network = build(name, spatial_dims, num_modalities)
     example = (random_image(spatial_dims, num_modalities), torch.ones(1, num_modalities, dtype=torch.bool))
-    traced = torch.jit.trace(network, example, check_trace=False)
+    torch.jit.trace(network, example, check_trace=False).save(tmp_path / "model.ts")
+    traced = torch.jit.load(tmp_path / "model.ts")
     for image, garbage, presence in combinations_with_garbage(spatial_dims, num_modalities):
         torch.testing.assert_close(traced(garbage, presence), network(image, presence))
 
@@ -253,6 +254,7 @@ def test_bfloat16_autocast_is_finite(name: str, spatial_dims: int, num_modalitie
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
 def test_compiled_network_gives_the_same(name: str):
     network = build(name, 2, 3)
     compiled = torch.compile(network, backend="aot_eager")
