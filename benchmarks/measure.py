@@ -118,12 +118,13 @@ def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     unit = calibrator()
     for _ in range(CALIBRATOR_REPEATS):
         unit()
-    flops = count_flops(function)
+    function()
     times, units = [], []
     for _ in range(repeats):
         times.append(timed(function))
         units += [timed(unit) for _ in range(CALIBRATOR_REPEATS)]
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    flops = count_flops(function)  # after the peak was read, since the counter keeps tensors alive
     convolution, image = nn.Conv3d(32, 32, 3, padding=1), torch.randn(1, 32, 40, 40, 40)
     matrix = torch.randn(2048, 2048)
     with torch.no_grad():

@@ -33,7 +33,8 @@ def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
     network = network_from(arguments)
     loss, passes = objective(arguments.objective)
     loss = loss.to(arguments.device)
-    distillation = SelfDistillation(network, precision=arguments.dtype, **passes)
+    settings = {"precision": arguments.dtype, "activation_checkpointing": arguments.checkpointing}
+    distillation = SelfDistillation(network, **settings, **passes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
     shape = [arguments.size] * 3
     image = torch.randn(1, NUM_MODALITIES, *shape, device=arguments.device)
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--objective", choices=("paper", "released", "baseline"), default="released")
+    parser.add_argument("--checkpointing", action="store_true", help="keep no activations")
     arguments = parser.parse_args()
     report(arguments, measure(train_step(arguments), arguments.repeats))
 

@@ -7,10 +7,12 @@ same decoder given one modality alone is that modality's student; a modality's o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.losses.segmentation import stack_columns
@@ -62,6 +64,8 @@ class SelfDistillation(nn.Module):
             are "neglected", delta of Eq. (11), because an objective uses no others; these need students and a label.
         precision: that of the passes, one of :data:`passion_monai.precision.PRECISIONS`; what they put out is float32
             in any case, for the losses.
+        activation_checkpointing: whether to compute what the passes have computed once more for the gradients, instead
+            of keeping it: less memory for more time, the same numbers.
 
     Shape:
         - Input: image [B, M, H, W(, D)], presence bool [B, M], label int [B, 1, H, W(, D)] if needed.
@@ -78,6 +82,7 @@ class SelfDistillation(nn.Module):
         students: bool = True,
         own_predictions: str = "none",
         precision: str = "float32",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if own_predictions not in OWN_PREDICTIONS:
@@ -86,12 +91,13 @@ class SelfDistillation(nn.Module):
         self.students = students
         self.own_predictions = own_predictions
         self.precision = precision
+        self.activation_checkpointing = activation_checkpointing
 
     def forward(self, image: Tensor, presence: Tensor, label: Tensor | None = None) -> DistillationOutput:
         presence = presence.cpu()
         with autocast(image.device, self.precision):
-            features = self.backbone.encode(image, presence)
-            fused = self.backbone.decode(features, presence)
+            features = self._run(self.backbone.encode, image, presence)
+            fused = self._run(self.backbone.decode, features, presence)
             none: tuple[None, ...] = (None,) * self.backbone.num_modalities
             output = DistillationOutput(presence, fused, none, none, torch.zeros_like(presence))
             if self.students:
@@ -101,6 +107,12 @@ class SelfDistillation(nn.Module):
                 output = output._replace(own_predictions=self._run_own_predictions(features, rows), own_rows=rows)
         return output if self.precision == "float32" else _to_float32(output)
 
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of the backbone gives, maybe with checkpointing."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
     def _run_students(self, features: Features, rows: Tensor) -> tuple[DecoderOutput | None, ...]:
         students: list[DecoderOutput | None] = []
         for modality, maps in enumerate(features):
@@ -109,7 +121,8 @@ class SelfDistillation(nn.Module):
                 continue
             alone: list[tuple[Tensor, ...] | None] = [None] * len(features)
             alone[modality] = select_rows(maps, rows[:, modality])
-            students.append(self.backbone.decode(tuple(alone), torch.arange(len(features))[None] == modality))
+            only = torch.arange(len(features))[None] == modality
+            students.append(self._run(self.backbone.decode, tuple(alone), only))
         return tuple(students)
 
     @torch.no_grad()
@@ -132,7 +145,7 @@ class SelfDistillation(nn.Module):
         return tuple(
             None
             if maps is None or not rows[:, modality].any()
-            else self.backbone.decode_modality(select_rows(maps, rows[:, modality]))
+            else self._run(self.backbone.decode_modality, select_rows(maps, rows[:, modality]))
             for modality, maps in enumerate(features)
         )
 

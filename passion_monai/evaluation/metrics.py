@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
@@ -38,6 +43,7 @@ __all__ = [
 _ML_PER_MM3 = 1e-3
 _NOT_AVAILABLE = -1  # class map of a combination that a case does not have the modalities for
 _PERCENTILE = 95
+_PENDING_PER_WORKER = 2  # cases that wait in memory for a worker
 
 
 def region_masks(classes: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
@@ -225,6 +231,7 @@ class CombinationScores:
         output_dir: folder for the two files; it is made.
         modalities: names of the M modalities.
         regions: class indices of each region by its name.
+        num_workers: processes that compute scores while the network predicts the next case; with 0 it waits for them.
 
     Raises:
         RuntimeError: on attaching it in one of several processes, which would write to the same file.
@@ -232,11 +239,19 @@ class CombinationScores:
     """
 
     def __init__(
-        self, output_dir: str | Path, *, modalities: Sequence[str], regions: Mapping[str, Sequence[int]]
+        self,
+        output_dir: str | Path,
+        *,
+        modalities: Sequence[str],
+        regions: Mapping[str, Sequence[int]],
+        num_workers: int = 0,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.modalities = tuple(modalities)
-        self.regions = regions
+        self.regions = dict(regions)
+        self.num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._pending: deque[Future[list[dict[str, Any]]]] = deque()
         self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
         self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
 
@@ -251,20 +266,60 @@ class CombinationScores:
             raise RuntimeError("CombinationScores writes one file; evaluate with one process, not with torchrun.")
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._score_batch)
-        engine.add_event_handler(Events.COMPLETED, self._write_table)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._stop)
 
     def _start(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(columns=list(SCORE_COLUMNS)).to_csv(self.scores_path, index=False)
+        if self.num_workers:
+            # A forked copy of a process that computes with several threads may hang.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.num_workers, context, torch.set_num_threads, (1,))
 
     def _score_batch(self, engine: Engine) -> None:
         if not isinstance(engine.state.output, list) or not isinstance(engine.state.batch, list):
             raise ValueError("CombinationScores needs an evaluator with decollate=True: lists of one dict per case.")
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            rows = pd.DataFrame(self._score_item({**item, **output}))
-            rows.to_csv(self.scores_path, mode="a", header=False, index=False)
+            predictions, label, settings = self._checked({**item, **output})
+            if self._pool is None:
+                self._write(score_case(predictions, label, **settings))
+            else:
+                # As arrays: sharing memory between processes, as torch's tensors do, may run out of file handles.
+                self._pending.append(self._pool.submit(_score_arrays, predictions.numpy(), label.numpy(), settings))
+        self._write_pending(_PENDING_PER_WORKER * self.num_workers)
 
-    def _score_item(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _write_pending(self, keep: int) -> None:
+        """Write finished cases in their order, and wait until no more than `keep` are pending."""
+        while self._pending and (len(self._pending) > keep or self._pending[0].done()):
+            self._write(self._pending.popleft().result())
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        pd.DataFrame(rows).to_csv(self.scores_path, mode="a", header=False, index=False)
+
+    def _finish(self) -> None:
+        try:
+            self._write_pending(keep=0)
+        finally:
+            self._shut_down()
+        table = report(read_scores(self.scores_path), modalities=self.modalities, regions=self.regions)
+        (self.output_dir / "table.md").write_text(table, encoding="utf-8")
+
+    def _stop(self, _engine: Engine, error: Exception) -> None:
+        """Write what was predicted before an error, then let the error go on: it is the first, and the one to mend."""
+        with contextlib.suppress(Exception):
+            self._write_pending(keep=0)
+        self._shut_down()
+        raise error
+
+    def _shut_down(self) -> None:
+        self._pending.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _checked(self, item: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A case's class maps [P, ...] of the combinations that it has, its label, and the settings of score_case."""
         missing = [key for key in ("case", "presence", "pred", "label") if item.get(key) is None]
         if missing:
             raise ValueError(
@@ -278,18 +333,18 @@ class CombinationScores:
             )
         present = torch.as_tensor(item["presence"]).cpu().bool()
         available = ~(self.presence & ~present).any(dim=1)
-        return score_case(
-            convert_to_tensor(predictions)[available.to(predictions.device)],
-            convert_to_tensor(label)[0],
-            case=case,
-            names=[name for name, there in zip(self.names, available.tolist(), strict=True) if there],
-            regions=self.regions,
-            spacing=_spacing(case, predictions, label),
-        )
+        settings = {
+            "case": case,
+            "names": [name for name, there in zip(self.names, available.tolist(), strict=True) if there],
+            "regions": self.regions,
+            "spacing": _spacing(case, predictions, label),
+        }
+        maps = convert_to_tensor(predictions)[available.to(predictions.device)].cpu()
+        return maps, convert_to_tensor(label)[0].cpu(), settings
 
-    def _write_table(self) -> None:
-        table = report(read_scores(self.scores_path), modalities=self.modalities, regions=self.regions)
-        (self.output_dir / "table.md").write_text(table, encoding="utf-8")
+
+def _score_arrays(predictions: np.ndarray, label: np.ndarray, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    return score_case(torch.from_numpy(predictions), torch.from_numpy(label), **settings)
 
 
 def _score(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> dict[str, float]:

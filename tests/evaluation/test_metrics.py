@@ -239,13 +239,16 @@ def make_items(*presence: tuple[bool, bool]) -> list[dict[str, Any]]:
     ]
 
 
-def make_evaluator(items: list[dict[str, Any]], output_dir: Path, **arguments: Any) -> SupervisedEvaluator:
+def make_evaluator(
+    items: list[dict[str, Any]], output_dir: Path, *, num_workers: int = 0, **arguments: Any
+) -> SupervisedEvaluator:
+    scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers)
     return SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(Dataset(items), batch_size=2, num_workers=0),
         network=ThreeMaps(),
         prepare_batch=PrepareBatchExtraInput({"presence": "presence"}),
-        val_handlers=[CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS)],
+        val_handlers=[scores],
         **arguments,
     )
 
@@ -273,12 +276,23 @@ def test_combination_scores_starts_anew_with_each_run(tmp_path: Path) -> None:
     assert (tmp_path / "scores.csv").read_text(encoding="utf-8") == first
 
 
-def test_combination_scores_keeps_the_cases_before_an_error(tmp_path: Path) -> None:
+def test_combination_scores_are_the_same_from_other_processes(tmp_path: Path) -> None:
+    items = make_items((True, True), (False, True), (True, False), (True, True), (True, True))
+    make_evaluator(items, tmp_path / "here").run()
+    evaluator = make_evaluator(items, tmp_path / "workers", num_workers=1)
+    for _ in range(2):  # a second run starts workers anew
+        evaluator.run()
+        for file in ("scores.csv", "table.md"):
+            assert (tmp_path / "workers" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_combination_scores_keeps_the_cases_before_an_error(tmp_path: Path, num_workers: int) -> None:
     items = make_items((True, True), (True, True), (True, True), (True, True))
     for item in items[2:]:
         item["label"] = MetaTensor(torch.zeros(1, 5, 6, 3).long(), affine=AFFINE)
     with pytest.raises(ValueError, match="Case 002: predictions must be"):
-        make_evaluator(items, tmp_path).run()
+        make_evaluator(items, tmp_path, num_workers=num_workers).run()
     assert read_scores(tmp_path / "scores.csv")["case"].unique().tolist() == ["000", "001"]
     assert not (tmp_path / "table.md").exists()
 

@@ -157,6 +157,32 @@ class TestContract:
         assert own_sizes == presence.sum(dim=0).tolist()
 
 
+@pytest.mark.parametrize(("name", "spatial_dims", "num_modalities"), SLOW_CASES)
+def test_activation_checkpointing_keeps_less_and_changes_nothing(name: str, spatial_dims: int, num_modalities: int):
+    network = build(name, spatial_dims, num_modalities).train()  # dropout must be drawn alike in both computations
+    image, presence = random_image(spatial_dims, num_modalities), torch.ones(1, num_modalities, dtype=torch.bool)
+    results, kept = [], []
+    for activation_checkpointing in (False, True):
+        sizes: dict[int, int] = {}
+
+        def remember(saved: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        torch.manual_seed(2)
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda saved: saved):
+            distillation = SelfDistillation(
+                network, own_predictions="all", activation_checkpointing=activation_checkpointing
+            )
+            output = distillation(image, presence)
+        passes = [output.fused.logits, *(student.logits for student in output.students), *output.own_predictions]
+        total = sum(logits.square().mean() for logits in passes)
+        results.append((total, torch.autograd.grad(total, list(network.parameters()), allow_unused=True)))
+        kept.append(sum(sizes.values()))
+    torch.testing.assert_close(*results)
+    assert kept[1] < 0.6 * kept[0]
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_maps_of_a_network_have_channels_last_and_logits_first(name: str):
     network = build(name, 3, 2).float()

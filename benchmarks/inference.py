@@ -1,0 +1,52 @@
+"""Sliding-window prediction of one volume: `python -m benchmarks.inference --backbone rfnet --present 2`.
+
+With `--combinations`, of every combination of the present modalities from one encoding, as in evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.measure import NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
+from passion_monai.inferers import CombinationInferer, PresenceInferer
+
+
+def prediction(arguments: argparse.Namespace) -> Callable[[], None]:
+    """A function that predicts one volume, by windows that overlap by half as in the bundles."""
+    network = network_from(arguments).eval()
+    settings = {
+        "roi_size": [arguments.size] * 3,
+        "overlap": 0.5,
+        "sw_batch_size": arguments.window_batch_size,
+        "precision": arguments.dtype,
+    }
+    if arguments.combinations:
+        inferer: PresenceInferer = CombinationInferer(num_modalities=NUM_MODALITIES, **settings)
+    else:
+        inferer = PresenceInferer(**settings)
+    image = torch.randn(1, NUM_MODALITIES, *arguments.volume, device=arguments.device)
+    presence = presence_of(arguments)
+
+    @torch.no_grad()
+    def predict() -> None:
+        inferer(image, network, presence)
+
+    return predict
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--volume", type=int, nargs=3, default=(160, 192, 144), help="size in voxels")
+    parser.add_argument("--window_batch_size", type=int, default=1)
+    parser.add_argument("--combinations", action="store_true", help="predict all of them")
+    arguments = parser.parse_args()
+    report(arguments, measure(prediction(arguments), arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()
