@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--window_batch_size", type=int, default=1)
     parser.add_argument("--combinations", action="store_true", help="predict all of them")
     arguments = parser.parse_args()
-    report(arguments, measure(prediction(arguments), arguments.repeats))
+    report(arguments, measure(prediction(arguments), arguments.repeats, warm_up=False))
 
 
 if __name__ == "__main__":

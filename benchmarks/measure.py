@@ -108,8 +108,10 @@ def count_flops(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
+def measure(function: Callable[[], Any], repeats: int, *, warm_up: bool = True) -> dict[str, float]:
     """Medians over runs of a function, which alternate with runs of the calibrator, after one of each to warm up.
+
+    A function of many equal parts, of which the first ones cost nothing to speak of, needs no `warm_up`.
 
     `peak_rss_gib` is that of the process until the end of the runs. The peaks that `fraction_of_conv_peak` and
     `fraction_of_matmul_peak` refer to are a convolution of 32 channels on 40^3 and a product of two 2048^2 matrices,
@@ -118,7 +120,8 @@ def measure(function: Callable[[], Any], repeats: int) -> dict[str, float]:
     unit = calibrator()
     for _ in range(CALIBRATOR_REPEATS):
         unit()
-    function()
+    if warm_up:
+        function()
     times, units = [], []
     for _ in range(repeats):
         times.append(timed(function))

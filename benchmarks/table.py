@@ -37,21 +37,27 @@ AUTHORS["volume_calibrators"] = AUTHORS["volume_seconds"] * AUTHORS["calibrators
 
 
 def commands() -> Iterator[list[str]]:
-    """Module and arguments of every measurement."""
+    """Module and arguments of every measurement, those that most depends on first."""
+    for allocator, backbone, present in itertools.product(("kept", "default"), BACKBONES, (4, 3, 2, 1)):
+        yield [*step_of(backbone), "--allocator", allocator, "--present", str(present)]
+    for allocator, backbone, present in itertools.product(("kept", "default"), BACKBONES, (4, 1)):
+        yield [*volume_of(backbone), "--allocator", allocator, "--present", str(present)]
     for backbone in BACKBONES:
-        step = ["train_step", "--backbone", backbone, "--repeats", "2"]
-        for allocator, present in itertools.product(("kept", "default"), (4, 3, 2, 1)):
-            yield [*step, "--allocator", allocator, "--present", str(present)]
-        for present in (4, 3, 2, 1):
-            yield [*step, "--objective", "paper", "--present", str(present)]
-        for size in (48, 64, 96):
-            yield [*step, "--size", str(size), "--present", "2"]
-        yield [*step, "--checkpointing", "--present", "4"]
-        volume = ["inference", "--backbone", backbone, "--repeats", "1"]
-        for allocator, present in itertools.product(("kept", "default"), (4, 1)):
-            yield [*volume, "--allocator", allocator, "--present", str(present)]
-        yield [*volume, "--combinations"]
-        yield [*volume, "--volume", "240", "240", "155"]
+        for size in (48, 64):
+            yield [*step_of(backbone), "--size", str(size), "--present", "2"]
+        yield [*step_of(backbone), "--checkpointing", "--present", "4"]
+        yield [*step_of(backbone), "--objective", "paper", "--present", "2"]
+        yield [*volume_of(backbone), "--volume", "240", "240", "155"]
+
+
+def step_of(backbone: str) -> list[str]:
+    """Module and arguments of a training step."""
+    return ["train_step", "--backbone", backbone, "--repeats", "1"]
+
+
+def volume_of(backbone: str) -> list[str]:
+    """Module and arguments of a volume."""
+    return ["inference", "--backbone", backbone, "--repeats", "1"]
 
 
 def pattern_weights() -> list[float]:

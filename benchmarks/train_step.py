@@ -25,7 +25,7 @@ def objective(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return PassionLoss.released(NUM_MODALITIES, NUM_CLASSES, availability=AVAILABILITY), {
             "own_predictions": "neglected"
         }
-    return TaskLoss(), {"students": False, "own_predictions": "all"}
+    return TaskLoss(), {"students": "none", "own_predictions": "all"}
 
 
 def train_step(arguments: argparse.Namespace) -> Callable[[], None]:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["check_switches", "find_bundle_root"]
+__all__ = ["check_choice", "check_switches", "find_bundle_root"]
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse anything but the choices for an id of a configuration.
+
+    Raises:
+        ValueError: naming the id, the choices and what it was given.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
 
 
 def check_switches(**switches: object) -> None:

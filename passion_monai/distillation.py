@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from passion_monai.losses.prototype import PrototypeDistillationLoss
-from passion_monai.losses.segmentation import stack_columns
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, select_rows
 from passion_monai.precision import autocast
 from passion_monai.preference import relative_preference, task_mask
 
 __all__ = ["DistillationOutput", "SelfDistillation"]
 
+STUDENTS = ("none", "measured", "trained")
 OWN_PREDICTIONS = ("none", "all", "neglected")
 
 
@@ -59,7 +59,8 @@ class SelfDistillation(nn.Module):
 
     Args:
         backbone: the network that is trained; it is all that is needed afterwards.
-        students: whether to run one pass per present modality alone (PASSION).
+        students: whether to run one pass per present modality alone: "none" (Baseline), "trained" (PASSION), or
+            "measured", without gradient, for the relative preference that a method leaves behind.
         own_predictions: which present modalities the shared decoder is run on: "none", "all" (Baseline), or those that
             are "neglected", delta of Eq. (11), because an objective uses no others; these need students and a label.
         precision: that of the passes, one of :data:`passion_monai.precision.PRECISIONS`; what they put out is float32
@@ -72,19 +73,21 @@ class SelfDistillation(nn.Module):
         - Output: :class:`DistillationOutput`.
 
     Raises:
-        ValueError: when `own_predictions` is none of these.
+        ValueError: when `students` or `own_predictions` is none of these.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         *,
-        students: bool = True,
+        students: str = "trained",
         own_predictions: str = "none",
         precision: str = "float32",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if students not in STUDENTS:
+            raise ValueError(f"students must be one of {STUDENTS}, got {students!r}.")
         if own_predictions not in OWN_PREDICTIONS:
             raise ValueError(f"own_predictions must be one of {OWN_PREDICTIONS}, got {own_predictions!r}.")
         self.backbone = backbone
@@ -100,8 +103,9 @@ class SelfDistillation(nn.Module):
             fused = self._run(self.backbone.decode, features, presence)
             none: tuple[None, ...] = (None,) * self.backbone.num_modalities
             output = DistillationOutput(presence, fused, none, none, torch.zeros_like(presence))
-            if self.students:
-                output = output._replace(students=self._run_students(features, output.student_rows))
+            if self.students != "none":
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self.students == "trained"):
+                    output = output._replace(students=self._run_students(features, output.student_rows))
             if self.own_predictions != "none":
                 rows = presence if self.own_predictions == "all" else self._neglected(output, label)
                 output = output._replace(own_predictions=self._run_own_predictions(features, rows), own_rows=rows)
@@ -130,16 +134,8 @@ class SelfDistillation(nn.Module):
         """Where delta of Eq. (11) is 1, bool [B, M]; as the loss finds it too, from the same features."""
         if label is None:
             raise ValueError('own_predictions="neglected" needs the label.')
-        if not any(output.students):
-            return torch.zeros_like(output.presence)
-        loss = PrototypeDistillationLoss(self.backbone.num_classes)
-        targets = loss.targets(output.fused.features, label)
-        gaps = [
-            None if student is None else loss.to_targets(student.features, select_rows(targets, rows))[1]
-            for student, rows in zip(output.students, output.student_rows.unbind(dim=1), strict=True)
-        ]
-        gap = stack_columns(gaps, output.student_rows, label.device).cpu()
-        return task_mask(relative_preference(gap, output.presence)).bool()
+        _, gap = PrototypeDistillationLoss(self.backbone.num_classes).of_students(output, label)
+        return task_mask(relative_preference(gap.cpu(), output.presence)).bool()
 
     def _run_own_predictions(self, features: Features, rows: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from passion_monai.losses.pixel import PixelDistillationLoss
 from passion_monai.losses.prototype import PrototypeDistillationLoss
-from passion_monai.losses.segmentation import SegmentationLoss, modality_regularisation, stack_columns
-from passion_monai.networks.base import select_rows
+from passion_monai.losses.segmentation import SegmentationLoss, absent_as_nan, modality_regularisation
 from passion_monai.preference import relative_preference, task_mask
 
 if TYPE_CHECKING:
@@ -99,7 +98,9 @@ class PassionLoss(nn.Module):
         self.terms: dict[str, Tensor] = {}
 
     @classmethod
-    def released(cls, num_modalities: int, num_classes: int, *, availability: Sequence[float] | Tensor) -> PassionLoss:
+    def released(
+        cls, num_modalities: int, num_classes: int, *, availability: Sequence[float] | Tensor, distil: bool = True
+    ) -> PassionLoss:
         """The objective of the authors' code. It differs from the paper's, the default, in the following.
 
         - Own predictions: delta * beta * L_reg is added, which costs one pass of the shared decoder per neglected
@@ -120,11 +121,14 @@ class PassionLoss(nn.Module):
             num_modalities: M.
             num_classes: K, background included.
             availability: N / N_m of each modality, see :func:`passion_monai.preference.initial_beta`.
+            distil: False leaves L_pixel and L_proto out. What remains is a Baseline whose L_reg is re-weighted in the
+                same way, a control: it tells that effect from the distillation's. Students are then only measured.
         """
         return cls(
             num_modalities,
             num_classes,
-            lambda_pixel=0.5 / num_classes,
+            lambda_pixel=0.5 / num_classes if distil else 0.0,
+            lambda_prototype=0.1 if distil else 0.0,
             lambda_regularisation=1.0,
             modality_weights=availability,
             level_decay=0.5,
@@ -136,39 +140,20 @@ class PassionLoss(nn.Module):
         """Loss, a scalar, from the passes of `SelfDistillation` and the label, int [B, 1, H, W(, D)]."""
         segmentation = self.segmentation(output.fused, label)
         presence = output.presence.to(label.device)
-        pixel, prototype, gap = self._distillation(output, label)
+        pixel, (prototype, gap) = self.pixel.of_students(output), self.prototype.of_students(output, label)
         preference = relative_preference(gap, presence)
         delta = task_mask(preference) if self.use_task_mask else presence.to(prototype)
         beta = self.beta.to(segmentation.device)
         distillation = self.lambda_pixel * beta * pixel + self.lambda_prototype * delta * prototype
         per_modality = {"loss_pixel": pixel, "loss_prototype": prototype, "gap": gap, "relative_preference": preference}
         self.terms = {"loss_segmentation": segmentation.detach()} | {
-            name: value.detach().masked_fill(~presence, torch.nan) for name, value in per_modality.items()
+            name: absent_as_nan(value, presence) for name, value in per_modality.items()
         }
         if self.lambda_regularisation:
             regularisation = modality_regularisation(self.segmentation.loss, output, label)
             distillation = distillation + self.lambda_regularisation * delta * beta * regularisation
-            skipped = ~output.own_rows.to(label.device)
-            self.terms["loss_regularisation"] = regularisation.detach().masked_fill(skipped, torch.nan)
+            self.terms["loss_regularisation"] = absent_as_nan(regularisation, output.own_rows)
         return (segmentation + (self.modality_weights.to(beta) * distillation).sum(dim=1)).mean()
-
-    def _distillation(self, output: DistillationOutput, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L_pixel, L_proto and D of every sample and modality, each [B, M], 0 where there is no student."""
-        values: list[tuple[Tensor, ...] | None] = []
-        if any(output.students):
-            teacher = self.pixel.targets(output.fused), self.prototype.targets(output.fused.features, label)
-        for student, rows in zip(output.students, output.student_rows.unbind(dim=1), strict=True):
-            if student is None:
-                values.append(None)
-            else:
-                levels = tuple(select_rows(level, rows) for level in teacher[0])
-                pixel = self.pixel.to_targets(student, levels)
-                values.append((pixel, *self.prototype.to_targets(student.features, select_rows(teacher[1], rows))))
-        pixel, prototype, gap = (
-            stack_columns([None if v is None else v[part] for v in values], output.student_rows, label.device)
-            for part in range(3)
-        )
-        return pixel, prototype, gap
 
 
 def _per_modality(name: str, values: Sequence[float] | Tensor | None, num_modalities: int) -> Tensor:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from passion_monai.networks.base import DecoderOutput
+from passion_monai.losses.columns import student_columns
+from passion_monai.networks.base import DecoderOutput, select_rows
 from passion_monai.networks.blocks import upsample_logits
 from passion_monai.precision import at_least_float32
+
+if TYPE_CHECKING:
+    from passion_monai.distillation import DistillationOutput
 
 __all__ = ["PixelDistillationLoss"]
 
@@ -67,6 +72,16 @@ class PixelDistillationLoss(nn.Module):
                 (log_p.exp(), (log_p.exp() * log_p).sum(dim=1).mean(dim=1))
                 for log_p in self._log_probabilities(teacher)
             )
+
+    def of_students(self, output: DistillationOutput) -> Tensor:
+        """The loss of all students of a training step, [B, M], 0 where there is none."""
+        targets = self.targets(output.fused) if any(output.students) else ()
+
+        def loss(student: DecoderOutput, rows: Tensor) -> tuple[Tensor]:
+            return (self.to_targets(student, tuple(select_rows(level, rows) for level in targets)),)
+
+        (columns,) = student_columns(loss, output, parts=1)
+        return columns
 
     def to_targets(self, student: DecoderOutput, targets: tuple[tuple[Tensor, ...], ...]) -> Tensor:
         """The loss of a student, [B], from what :meth:`targets` gives for the same samples."""

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passion_monai.losses.columns import student_columns
+from passion_monai.networks.base import select_rows
 from passion_monai.precision import at_least_float32
+
+if TYPE_CHECKING:
+    from passion_monai.distillation import DistillationOutput
 
 EPS = 1e-12
 """Least norm of a feature, that of :func:`torch.nn.functional.normalize`."""
 
-__all__ = ["PrototypeDistillationLoss", "class_prototypes", "prototype_similarity"]
+__all__ = [
+    "PrototypeDistillationLoss",
+    "class_prototypes",
+    "flat_features",
+    "one_hot_label",
+    "prototype_similarity",
+]
 
 
 def class_prototypes(features: Tensor, one_hot: Tensor) -> Tensor:
@@ -26,6 +39,17 @@ def prototype_similarity(features: Tensor, prototypes: Tensor) -> Tensor:
     """
     products = features @ F.normalize(prototypes, dim=2).mT
     return products / torch.linalg.vector_norm(features, dim=2, keepdim=True).clamp_min(EPS)
+
+
+def one_hot_label(label: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """A label, int [B, 1, H, W(, D)], as [B, K, V], float32 at least."""
+    classes = torch.arange(num_classes, device=label.device).view(1, -1, 1)
+    return (label.flatten(2) == classes).to(torch.promote_types(dtype, torch.float32))
+
+
+def flat_features(features: Tensor) -> Tensor:
+    """Feature maps [B, C, H, W(, D)] as [B, V, C], float32 at least."""
+    return at_least_float32(features).movedim(1, -1).flatten(1, -2)
 
 
 class PrototypeDistillationLoss(nn.Module):
@@ -53,10 +77,16 @@ class PrototypeDistillationLoss(nn.Module):
 
     def targets(self, teacher: Tensor, label: Tensor) -> tuple[Tensor, ...]:
         """What the students of a teacher have in common: similarity S, [B, V, K], and label as one-hot, [B, K, V]."""
-        classes = torch.arange(self.num_classes, device=label.device).view(1, -1, 1)
-        one_hot = (label.flatten(2) == classes).to(torch.promote_types(teacher.dtype, torch.float32))
+        one_hot = one_hot_label(label, self.num_classes, teacher.dtype)
         with torch.no_grad():
             return self._similarity(teacher, one_hot), one_hot
+
+    def of_students(self, output: DistillationOutput, label: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gap of all students of a training step, both [B, M], 0 where there is none."""
+        targets = self.targets(output.fused.features, label) if any(output.students) else ()
+        return student_columns(
+            lambda student, rows: self.to_targets(student.features, select_rows(targets, rows)), output, parts=2
+        )
 
     def to_targets(self, student: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The loss and the gap of a student, from what :meth:`targets` gives for the same samples."""
@@ -71,5 +101,5 @@ class PrototypeDistillationLoss(nn.Module):
 
     @staticmethod
     def _similarity(features: Tensor, one_hot: Tensor) -> Tensor:
-        flat = at_least_float32(features).movedim(1, -1).flatten(1, -2)
+        flat = flat_features(features)
         return prototype_similarity(flat, class_prototypes(flat, one_hot))

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from passion_monai.losses.columns import stack_columns
+from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.networks.base import DecoderOutput, select_rows
 from passion_monai.networks.blocks import upsample_logits
 from passion_monai.precision import at_least_float32
+from passion_monai.preference import relative_preference
 
 if TYPE_CHECKING:
     from passion_monai.distillation import DistillationOutput
@@ -138,7 +141,8 @@ class TaskLoss(nn.Module):
     """The Baseline, Eq. (2): L_seg plus DiceCE of each present modality's own prediction, mean over the batch.
 
     Needs `SelfDistillation(..., own_predictions="all")`. After each call `terms` holds, without gradient,
-    ``loss_segmentation`` [B] and ``loss_regularisation`` [B, M] (NaN where absent).
+    ``loss_segmentation`` [B] and ``loss_regularisation`` [B, M] (NaN where absent); and, where there are students, what
+    :func:`measured_preference` gives of them, which has no part in the loss.
 
     Args:
         level_decay, probability_floor, upsample_probabilities: see :class:`SegmentationLoss`.
@@ -160,8 +164,10 @@ class TaskLoss(nn.Module):
         regularisation = modality_regularisation(self.segmentation.loss, output, label)
         self.terms = {
             "loss_segmentation": segmentation.detach(),
-            "loss_regularisation": regularisation.detach().masked_fill(~output.own_rows.to(label.device), torch.nan),
+            "loss_regularisation": absent_as_nan(regularisation, output.own_rows),
         }
+        if any(output.students):
+            self.terms |= measured_preference(output, label)
         return (segmentation + regularisation.sum(dim=1)).mean()
 
 
@@ -174,14 +180,17 @@ def modality_regularisation(loss: DiceWeightedCELoss, output: DistillationOutput
     return stack_columns(columns, output.own_rows, label.device)
 
 
-def stack_columns(columns: Sequence[Tensor | None], rows: Tensor, device: torch.device) -> Tensor:
-    """A matrix [B, M] from its columns, which have values only where `rows`, bool [B, M], is True, and 0 elsewhere."""
-    stacked = []
-    for column, there in zip(columns, rows.unbind(dim=1), strict=True):
-        if column is not None and there.all():
-            stacked.append(column)
-        else:
-            zeros = torch.zeros(len(rows), device=device, dtype=None if column is None else column.dtype)
-            (indices,) = there.nonzero(as_tuple=True)
-            stacked.append(zeros if column is None else zeros.index_copy(0, indices.to(device), column))
-    return torch.stack(stacked, dim=1)
+@torch.no_grad()
+def measured_preference(output: DistillationOutput, label: Tensor) -> dict[str, Tensor]:
+    """``gap``, Eq. (7), and ``relative_preference``, Eq. (10), of each sample and modality, [B, M], NaN if absent."""
+    _, gap = PrototypeDistillationLoss(output.fused.logits.shape[1]).of_students(output, label)
+    preference = relative_preference(gap, output.presence.to(gap.device))
+    return {
+        "gap": absent_as_nan(gap, output.presence),
+        "relative_preference": absent_as_nan(preference, output.presence),
+    }
+
+
+def absent_as_nan(values: Tensor, rows: Tensor) -> Tensor:
+    """The values [B, M] without gradient, NaN where `rows`, bool [B, M], is False."""
+    return values.detach().masked_fill(~rows.to(values.device), torch.nan)

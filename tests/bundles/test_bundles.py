@@ -168,9 +168,14 @@ def test_files_are_what_their_fragments_make(one_bundle: Any):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("objective", "column"), [("baseline", "loss_regularisation_"), ("released", "beta_")])
+@pytest.mark.parametrize(
+    ("objective", "column"),
+    [("baseline", "relative_preference_"), ("released", "beta_"), ("reweighted", "beta_"), ("pmr", "loss_dce_")],
+)
 def test_other_objectives_train_too(one_bundle: Any, tmp_path: Path, objective: str, column: str):
-    one_bundle.succeed("train", output_dir=tmp_path, epochs=1, val_interval=2, objective=objective)
+    one_bundle.succeed(
+        "train", output_dir=tmp_path, epochs=1, val_interval=2, objective=objective, measure_preference=True
+    )
     assert column in (tmp_path / "training.csv").read_text()
 
 

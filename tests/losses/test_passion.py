@@ -7,6 +7,7 @@ from passion_monai.distillation import DistillationOutput, SelfDistillation
 from passion_monai.losses import PassionLoss, PixelDistillationLoss, PrototypeDistillationLoss, SegmentationLoss
 from passion_monai.networks import MMFormer
 from passion_monai.networks.base import DecoderOutput
+from passion_monai.preference import relative_preference, task_mask
 
 PRESENCE = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
 
@@ -149,3 +150,18 @@ def test_beta_is_in_the_state():
 def test_initial_beta_must_fit(beta: list[float]):
     with pytest.raises(ValueError, match="initial_beta must be 2 positive values, got"):
         PassionLoss(2, 3, initial_beta=beta)
+
+
+def test_the_control_of_the_released_objective_is_it_without_the_distillation():
+    output, label = passes()
+    output = output._replace(
+        own_rows=PRESENCE, own_predictions=tuple(output.fused.logits[PRESENCE[:, m]] for m in range(3))
+    )
+    availability = [3.0, 1.5, 1.0]
+    full = PassionLoss.released(3, 3, availability=availability)
+    control = PassionLoss.released(3, 3, availability=availability, distil=False)
+    delta = task_mask(relative_preference(PrototypeDistillationLoss(3).of_students(output, label)[1], PRESENCE))
+    terms, weights = (full(output, label), full.terms)[1], torch.tensor(availability)
+    distilled = 0.5 / 3 * terms["loss_pixel"] + 0.1 * delta * terms["loss_prototype"]
+    expected = full(output, label) - (weights * distilled).nansum(dim=1).mean()
+    torch.testing.assert_close(control(output, label), expected)

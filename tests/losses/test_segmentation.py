@@ -6,8 +6,9 @@ from monai.losses import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_monai.distillation import DistillationOutput
-from passion_monai.losses import DiceWeightedCELoss, SegmentationLoss, TaskLoss
+from passion_monai.distillation import DistillationOutput, SelfDistillation
+from passion_monai.losses import DiceWeightedCELoss, PassionLoss, SegmentationLoss, TaskLoss
+from passion_monai.networks import MMFormer
 from passion_monai.networks.base import DecoderOutput
 
 SHAPES = [(4, 6), (3, 4, 5)]
@@ -110,3 +111,24 @@ def test_task_loss_adds_the_predictions_of_present_modalities():
     regularisation = loss.terms["loss_regularisation"]
     assert regularisation.isnan().tolist() == (~presence).tolist()
     assert float(regularisation[0, 0]) == pytest.approx(float(first[0]))
+
+
+def test_the_preference_of_the_baseline_is_measured_without_a_part_in_the_loss():
+    output, label = small_passes(students="measured")
+    loss = TaskLoss()
+    total = loss(output, label)
+    assert not any(student.logits.requires_grad for student in output.students if student is not None)
+    with_students = PassionLoss(3, 3)
+    with_students(output, label)
+    for name in ("gap", "relative_preference"):
+        torch.testing.assert_close(loss.terms[name], with_students.terms[name], equal_nan=True)
+    torch.testing.assert_close(total, loss(output._replace(students=(None,) * 3), label))
+    assert "gap" not in loss.terms
+
+
+def small_passes(**settings: str) -> tuple[DistillationOutput, Tensor]:
+    torch.manual_seed(0)
+    network = MMFormer(2, 3, 3, img_size=32, width=2, token_channels=8, num_heads=2, mlp_channels=8).eval()
+    presence = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])
+    label = torch.randint(3, (3, 1, 32, 32))
+    return SelfDistillation(network, own_predictions="all", **settings)(torch.randn(3, 3, 32, 32), presence), label
