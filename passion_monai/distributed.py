@@ -10,7 +10,22 @@ from monai.data import Dataset, DistributedSampler
 from torch import distributed
 from torch.utils.data import Sampler, SequentialSampler
 
-__all__ = ["local_device", "rank", "start_process_group", "training_sampler", "validation_sampler"]
+__all__ = ["Agreement", "local_device", "rank", "start_process_group", "training_sampler", "validation_sampler"]
+
+
+class Agreement:
+    """Lets processes decide together, without one of them waiting for its GPU; all must make it, and ask it in turn."""
+
+    def __init__(self) -> None:
+        self._group = distributed.new_group(backend="gloo") if idist.get_world_size() > 1 else None
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any of the processes."""
+        if self._group is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX, self._group)
+        return bool(flags)
 
 
 def rank() -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import Checkpoint
 from monai.engines import IterationEvents
 from monai.handlers import from_engine
 from torch import Tensor
 
+from passion_monai.files import complete_file, save_complete
 from passion_monai.losses import PassionLoss
 from passion_monai.preference import epoch_preference, gap_preference, rescale_beta, update_beta
 
@@ -31,8 +32,9 @@ class _RunningMean:
     def update(self, values: Tensor) -> None:
         """Add `values` [B] or [B, M]; the mean runs over B."""
         total, count = values.nansum(dim=0).double(), (~values.isnan()).sum(dim=0).double()
-        self.total = total if self.total is None else self.total + total
-        self.count = count if self.count is None else self.count + count
+        # What a checkpoint has given lies on the CPU.
+        self.total = total if self.total is None else self.total.to(total.device) + total
+        self.count = count if self.count is None else self.count.to(count.device) + count
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Sum and number of samples of all ranks, after which this is empty again."""
@@ -42,6 +44,16 @@ class _RunningMean:
         total, count = torch.as_tensor(idist.all_reduce(torch.stack([self.total, self.count])))
         self.total = self.count = None
         return total, count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums of each rank by itself, since their sum would round in another order; all ranks must call it."""
+        if self.total is None or self.count is None:
+            return {}
+        return {"sums": torch.as_tensor(idist.all_gather(torch.stack([self.total, self.count])[None])).cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from this rank's sums."""
+        self.total, self.count = state["sums"][idist.get_rank()] if state else (None, None)
 
 
 class PreferenceHandler:
@@ -103,12 +115,13 @@ class PreferenceHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._update)
 
     def state_dict(self) -> dict[str, Any]:
-        """What each epoch's preference was and what beta became, as plain lists."""
-        return {"history": self.history}
+        """What each epoch's preference was and what beta became, as plain lists, and the sums of an unfinished one."""
+        return {"history": self.history, "mean": self._mean.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved history."""
         self.history = list(state["history"])
+        self._mean.load_state_dict(state["mean"])
 
     def _accumulate(self) -> None:
         self._mean.update(self.loss.terms["gap" if self.from_mean_gaps else "relative_preference"])
@@ -187,12 +200,14 @@ class TrainingLog:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows written so far."""
-        return {"rows": self.rows}
+        """The rows written so far, and the sums of an unfinished epoch."""
+        return {"rows": self.rows, "means": {name: mean.state_dict() for name, mean in self._means.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from saved rows."""
         self.rows = list(state["rows"])
+        for name, sums in state["means"].items():
+            self._means.setdefault(name, _RunningMean()).load_state_dict(sums)
 
     def _note_validation(self) -> None:
         self._validated = True
@@ -218,20 +233,10 @@ class TrainingLog:
 
     def _write_rows(self) -> None:
         columns = dict.fromkeys(column for row in self.rows for column in row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with complete_file(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        temporary.replace(self.path)
-
-
-class _ReplacingSaver(DiskSaver):
-    """Writes to a temporary file and renames it onto the old one, so that a complete one is there at any time."""
-
-    def remove(self, filename: str) -> None:
-        """Leave the old file; the next one takes its name."""
 
 
 class FileCheckpoint(Checkpoint):
@@ -247,13 +252,27 @@ class FileCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: str | Path, save_dict: Mapping[str, Any], *, metric: str | None = None) -> None:
-        path = Path(path)
-        saver = _ReplacingSaver(str(path.parent), create_dir=True, require_empty=False)
-        super().__init__(dict(save_dict), saver, filename_pattern=path.name, score_name=metric, n_saved=1)
+        self.path = Path(path)
+        super().__init__(
+            dict(save_dict),
+            self._write,
+            filename_pattern=self.path.name,
+            score_function=_epoch if metric is None else None,
+            score_name=metric,
+            n_saved=1,
+        )
 
     def attach(self, engine: Engine) -> None:
         """Save at the end of the engine's epochs; attach it after the handlers whose state it saves."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _write(self, content: Mapping[str, Any], *_: object) -> None:
+        if idist.get_rank() == 0:
+            save_complete(content, self.path)
+
+
+def _epoch(engine: Engine) -> int:
+    return engine.state.epoch
 
 
 def _by_modality(name: str, values: Sequence[float], modalities: Sequence[str]) -> dict[str, float]:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from passion_monai.files import complete_file
+
 __all__ = [
     "check_presence",
     "combination_name",
@@ -216,7 +218,7 @@ def write_presence(
     """Write a presence matrix as JSON: ``{"modalities": [...], "cases": {case id: [1, 0, ...]}}``.
 
     Args:
-        path: a ``.json`` file; its folder must exist.
+        path: a ``.json`` file; its folder is made.
         case_ids: the N case ids, in the order of the rows.
         presence: C, ``[N, M]``.
         modalities: the M modality names, in the order of the columns.
@@ -236,7 +238,8 @@ def write_presence(
         )
     rows = [f"    {json.dumps(case)}: {row.astype(int).tolist()}" for case, row in zip(case_ids, matrix, strict=True)]
     header = f'{{\n  "modalities": {json.dumps(list(modalities))},\n  "cases": {{\n'
-    path.write_text(header + ",\n".join(rows) + "\n  }\n}\n", encoding="utf-8")
+    with complete_file(path) as unfinished:
+        unfinished.write_text(header + ",\n".join(rows) + "\n  }\n}\n", encoding="utf-8")
 
 
 def read_presence(

@@ -30,6 +30,8 @@ from monai.transforms import (
 )
 from torch import Tensor
 
+from passion_monai.files import complete_file
+
 __all__ = [
     "AlignModalitiesd",
     "CropToForegroundd",
@@ -462,7 +464,6 @@ class SaveSegmentationd(MapTransform):
         return dict(data)
 
     def _save(self, data: Data, prediction: MetaTensor) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         classes = prediction.as_tensor()[0].cpu().numpy()
         values = np.asarray([int(value) for value in data.get("label_values", self.values)])
         values = values.astype(np.result_type(*map(np.min_scalar_type, values.tolist())))  # the smallest that holds all
@@ -470,11 +471,11 @@ class SaveSegmentationd(MapTransform):
         image.header.set_xyzt_units("mm")
         record = self._record(data, classes, float(np.prod(image.header.get_zooms()[:3])), values)
         stem = f"{data['case']}_seg"
-        # Hidden names until both are written: an interrupted run leaves no half-written file under a final name.
-        nib.save(image, self.output_dir / f".{stem}.nii.gz")
-        (self.output_dir / f".{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for suffix in (".nii.gz", ".json"):
-            (self.output_dir / f".{stem}{suffix}").replace(self.output_dir / f"{stem}{suffix}")
+        # In this order: an interrupted run leaves no segmentation without its record.
+        with complete_file(self.output_dir / f"{stem}.json") as unfinished:
+            unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with complete_file(self.output_dir / f"{stem}.nii.gz") as unfinished:
+            nib.save(image, unfinished)
 
     def _record(self, data: Data, classes: np.ndarray, voxel_volume: float, values: np.ndarray) -> dict[str, Any]:
         presence = dict(zip(self.modalities, data["presence"].tolist(), strict=True))

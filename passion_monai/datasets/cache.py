@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
 from multiprocessing.pool import ThreadPool
@@ -20,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from passion_monai import __version__
+from passion_monai.files import make_folder, save_complete
 
 __all__ = ["FileCacheDataset"]
 
@@ -55,6 +54,7 @@ class FileCacheDataset(PersistentDataset):
         cache_dir: str | Path,
         num_workers: int = 0,
     ) -> None:
+        make_folder(cache_dir)
         super().__init__(data, transform, cache_dir=cache_dir, hash_func=_hash_case, hash_transform=pickle_hashing)
         self._prepare(num_workers)
 
@@ -81,12 +81,7 @@ class FileCacheDataset(PersistentDataset):
         if path.is_file():
             return
         prepared = _without_metadata(self._pre_transform(deepcopy(item)))
-        unfinished = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.unfinished")
-        try:
-            torch.save(prepared, unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        save_complete(prepared, path)
 
     def _cachecheck(self, item: Item) -> dict[Hashable, Any]:
         self._write(item)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from passion_monai.datasets import DatasetSpec
+from passion_monai.files import complete_file
 from passion_monai.presence import check_presence
 
 __all__ = [
@@ -146,13 +146,8 @@ def write_datalist(
     content: dict[str, Any] = {"dataset": spec.name, "modalities": list(spec.modalities), "root": str(root.resolve())}
     for section, cases in splits.items():
         content[section] = [_with_relative_paths(case, spec.modalities, root) for case in cases]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_relative_paths(case: Case, modalities: Sequence[str], root: Path) -> Case:

@@ -1,0 +1,251 @@
+"""Trainings of a few milliseconds, each in a process of its own that is killed and started again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+from ignite.metrics import MeanSquaredError
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
+from monai.transforms import Compose, EnsureTyped, RandGaussianNoised, RandScaleIntensityd
+from torch import Tensor, nn
+
+from passion_monai.handlers import FileCheckpoint, LossOutput, PreferenceHandler, TrainingLog
+from passion_monai.resume import LastCheckpoint, PolynomialLR, Seeding
+
+EPOCHS, SAMPLES, BATCH_SIZE = 4, 7, 2  # four iterations an epoch, the last of one sample
+MODALITIES = ("a", "b")
+PROCESSES = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+class Loss(nn.Module):
+    """What handlers need of the real one: beta, and terms that depend on all that went before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.ones(len(MODALITIES)))
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, pred: Tensor, label: Tensor) -> Tensor:
+        errors = (pred - label).square()
+        relative = (errors / errors.mean(dim=1, keepdim=True) - 1).detach()
+        self.terms = {"loss_pixel": errors.detach(), "relative_preference": relative}
+        return (errors * self.beta).mean()
+
+
+class Training:
+    """The parts of train.yaml, around a layer with dropout."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        epochs: int = EPOCHS,
+        num_workers: int = 0,
+        resume: bool = False,
+        batch_size: int = BATCH_SIZE,
+    ) -> None:
+        torch.manual_seed(0)
+        cases = [{"image": torch.randn(3), "label": torch.randn(2)} for _ in range(SAMPLES)]
+        augmentation = Compose(
+            [
+                RandScaleIntensityd("image", 0.5, prob=1.0),
+                RandGaussianNoised("image", prob=0.5),
+                EnsureTyped("image", track_meta=False),
+            ]
+        )
+        loader = DataLoader(Dataset(cases, augmentation), batch_size=batch_size, shuffle=True, num_workers=num_workers)
+        self.network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        self.loss = Loss()
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
+        self.scheduler = PolynomialLR(optimizer, total_iters=epochs, power=0.9)
+        self.validator = SupervisedEvaluator(
+            torch.device("cpu"),
+            DataLoader(Dataset(cases[:3]), num_workers=num_workers),
+            self.network,
+            key_val_metric={"error": MeanSquaredError(from_engine(["pred", "label"]))},
+            decollate=False,
+        )
+        self.preference = PreferenceHandler(self.loss, MODALITIES)
+        self.log = TrainingLog(folder / "training.csv", self.loss, MODALITIES, validator=self.validator)
+        self.best = FileCheckpoint(folder / "model.pt", {"model": self.network}, metric="error")
+        handlers = [Seeding(3), LossOutput(), ValidationHandler(2, self.validator), LrScheduleHandler(self.scheduler)]
+        self.trainer = SupervisedTrainer(
+            torch.device("cpu"),
+            epochs,
+            loader,
+            self.network,
+            optimizer,
+            self.loss,
+            train_handlers=[*handlers, self.preference, self.log],
+            decollate=False,
+        )
+        self.best.attach(self.validator)
+        self.last = LastCheckpoint(
+            folder / "last.pt",
+            {
+                "model": self.network,
+                "optimizer": optimizer,
+                "lr_scheduler": self.scheduler,
+                "loss": self.loss,
+                "preference_handler": self.preference,
+                "training_log": self.log,
+                "best_checkpoint": self.best,
+            },
+            validator=self.validator,
+            resume=resume,
+        )
+
+    def run(self) -> None:
+        self.last.run(self.trainer)
+
+
+Fault = Callable[[Training], None]
+
+
+def at(event: Events, count: int, action: Callable[[], Any], *, engine: str = "trainer") -> Fault:
+    """An action when an event comes for the n-th time."""
+
+    def inject(training: Training) -> None:
+        getattr(training, engine).add_event_handler(event(once=count), action)
+
+    return inject
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def while_saving(count: int, action: Callable[[], Any]) -> Fault:
+    """An action when half of the n-th file of torch's is written."""
+
+    def inject(_: Training) -> None:
+        save, number = torch.save, iter(range(1, 1000))
+
+        def save_half(content: Any, file: Any) -> None:
+            if next(number) == count:
+                save(content, file)
+                file.truncate(file.tell() // 2)
+                action()
+            else:
+                save(content, file)
+
+        torch.save = save_half
+
+    return inject
+
+
+def between_renamings(count: int, action: Callable[[], Any]) -> Fault:
+    """An action when the last file is away, and the new one has not its name yet."""
+
+    def inject(_: Training) -> None:
+        replace, number = Path.replace, iter(range(1, 1000))
+
+        def replace_and_act(self: Path, target: Path) -> Path:
+            result = replace(self, target)
+            if "previous" in Path(target).name and next(number) == count:
+                action()
+            return result
+
+        Path.replace = replace_and_act
+
+    return inject
+
+
+def run(folder: Path, fault: Fault | None = None, **settings: Any) -> int:
+    """The exit code of a training in a process of its own."""
+
+    def target() -> None:
+        torch.set_num_threads(1)
+        training = Training(folder, **settings)
+        if fault is not None:
+            fault(training)
+        training.run()
+
+    process = PROCESSES.Process(target=target)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """All that a training leaves, as bytes where there are no names of files in it."""
+    state = torch.load(folder / "last.pt", weights_only=True)
+    best = torch.load(folder / "model.pt", weights_only=True)
+    return {"log": (folder / "training.csv").read_bytes(), "state": flat(state), "best": flat(best)}
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Every number in nested containers, tensors as lists of integers that have their bits."""
+    if isinstance(value, Tensor):
+        return {name: value.contiguous().view(torch.uint8).tolist() if value.ndim else value.item()}
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: entry for key, item in items for path, entry in flat(item, f"{name}/{key}").items()}
+    return {name: repr(value)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All that torch imports when it is first used, once and not in each process."""
+    Training(tmp_path_factory.mktemp("imports"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """The results of an uninterrupted training, by the number of workers."""
+    found: dict[int, dict[str, Any]] = {}
+
+    def train(num_workers: int) -> dict[str, Any]:
+        if num_workers not in found:
+            folder = tmp_path_factory.mktemp("reference")
+            assert run(folder, num_workers=num_workers) == 0
+            found[num_workers] = results(folder)
+        return found[num_workers]
+
+    return train
+
+
+FAULTS: dict[str, Callable[[Callable[[], Any]], Fault]] = {
+    "first iteration": lambda action: at(Events.ITERATION_COMPLETED, 1, action),
+    "within an epoch": lambda action: at(Events.ITERATION_COMPLETED, 6, action),
+    "within an iteration": lambda action: at(Events.ITERATION_STARTED, 7, action),
+    "last iteration of an epoch": lambda action: at(Events.ITERATION_COMPLETED, 8, action),
+    "start of an epoch": lambda action: at(Events.EPOCH_STARTED, 3, action),
+    "end of an epoch": lambda action: at(Events.EPOCH_COMPLETED, 3, action),
+    "start of validation": lambda action: at(Events.STARTED, 1, action, engine="validator"),
+    "within validation": lambda action: at(Events.ITERATION_COMPLETED, 2, action, engine="validator"),
+    "end of validation": lambda action: at(Events.COMPLETED, 1, action, engine="validator"),
+    "saving the last": lambda action: while_saving(1, action),
+    "saving before validation": lambda action: while_saving(2, action),
+    "saving the best": lambda action: while_saving(3, action),
+    "renaming": lambda action: between_renamings(2, action),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("action", "exit_code"), [(kill, -signal.SIGKILL), (terminate, -signal.SIGTERM)])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_never_interrupted(
+    reference: Any, tmp_path: Path, fault: str, action: Any, exit_code: int, num_workers: int
+):
+    settings = {"num_workers": num_workers, "resume": True}
+    assert run(tmp_path, FAULTS[fault](action), **settings) == exit_code
+    assert run(tmp_path, **settings) == 0
+    assert results(tmp_path) == reference(num_workers)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.previous.pt", "model.pt", "training.csv"}
