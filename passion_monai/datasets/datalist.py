@@ -268,9 +268,9 @@ def _check_root(where: str, cases: Sequence[Case], modalities: Sequence[str], ro
     absent = [[case[key] for key in _file_keys(case, modalities) if not Path(case[key]).exists()] for case in cases]
     if all(absent):
         raise FileNotFoundError(
-            f"{where}: no case has all of its files; of {cases[0]['case']!r}, {absent[0][0]} does not exist. If the data "
-            f"lie somewhere else than {root}, pass that folder as root (dataset_dir of a bundle); if a modality is "
-            "missing, leave out its key."
+            f"{where}: no case has all of its files; of {cases[0]['case']!r}, {absent[0][0]} does not exist. If the "
+            f"data lie somewhere else than {root}, pass that folder as root (dataset_dir of a bundle); if a modality "
+            "is missing, leave out its key."
         )
 
 
