@@ -1,22 +1,19 @@
-"""What bundle configurations need beyond MONAI's language."""
+"""What bundle configurations need beyond MONAI's language: the place of a bundle, and checks of what users set."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_choice", "check_switches", "find_bundle_root"]
+import monai.bundle
+from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse anything but the choices for an id of a configuration.
-
-    Raises:
-        ValueError: naming the id, the choices and what it was given.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+__all__ = ["check_choices", "check_ids", "check_numbers", "check_switches", "find_bundle_root"]
 
 
 def check_switches(**switches: object) -> None:
@@ -30,6 +27,134 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False (with a capital on the command line), got {value!r}.")
+
+
+def check_choices(allowed: Sequence[str], **choices: object) -> None:
+    """Refuse what is not among the names allowed.
+
+    Raises:
+        ValueError: naming the id, what is allowed and what it was given.
+    """
+    for name, value in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def check_numbers(
+    minimum: float, *, below: float = math.inf, whole: bool = False, length: int | None = None, **numbers: object
+) -> None:
+    """Refuse what is no number, or out of range, for the ids of a configuration that are numbers or lists of them.
+
+    Args:
+        minimum: the least that is allowed.
+        below: what is too large.
+        whole: allow whole numbers only.
+        length: how many numbers each must be a list of; None for a single number.
+        numbers: the values by their ids.
+
+    Raises:
+        ValueError: naming the id, what is allowed and what it was given.
+    """
+    kind = f"{'whole number' if whole else 'number'} of at least {minimum:g}"
+    kind += f" and below {below:g}" if below < math.inf else ""
+    for name, value in numbers.items():
+        parts = [value] if length is None else value
+        if not isinstance(parts, (list, tuple)) or len(parts) != (length or 1):
+            raise ValueError(f"{name} must be a list of {length}, each a {kind}, got {value!r}.")
+        for part in parts:
+            if isinstance(part, str) and _is_scientific(part):
+                raise ValueError(f"{name} is the text {part!r}: YAML takes it for a number if written like 1.0e-4.")
+            if not _is_number(part, whole) or not minimum <= part < below:
+                raise ValueError(f"{name} must be a {kind}, got {value!r}.")
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+
+
+def _is_scientific(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "e" in text.lower()
+
+
+def check_ids(config: str) -> None:
+    """Refuse ids of the running configuration that mean nothing, as misspelt ones do.
+
+    MONAI takes any id: ``--epoch 3``, where ``epochs`` is meant, adds an id that nobody asks for, and trains as long as
+    it would have without. An id counts as known if it stands in the workflow's own file. Others, be they from the
+    command line, from Python or from further files, must be referred to as ``@id``, or be what is run. What belongs to
+    an object, or is handed over as a whole, is left to the one that takes it.
+
+    Args:
+        config: the workflow's file, looked for beside the first file of the run too.
+
+    Raises:
+        FileNotFoundError: when the file is in neither place.
+        ValueError: naming the ids and, for each, the file that has it or the most similar id.
+    """
+    workflow = _running_workflow()
+    if workflow is None:
+        return
+    path = next(
+        (path for path in (workflow.config_root_path / Path(config).name, Path(config)) if path.is_file()), None
+    )
+    if path is None:
+        raise FileNotFoundError(f"{config} does not exist; give the folder of the bundle as --bundle_root.")
+    known = ConfigParser.load_config_file(str(path))
+    content: dict[str, Any] = workflow.parser.config  # type: ignore[assignment]
+    used = _references(content) | {workflow.run_id, workflow.init_id, workflow.final_id, ConfigParser.meta_key}
+    unknown = list(_unused(content, known, used))
+    if unknown:
+        raise ValueError(
+            f"Unknown ids: {', '.join(f'{name} ({_hint(name, known, path)})' for name in unknown)}. Known are those of "
+            f"{path}; an id of your own must be referred to as @id."
+        )
+
+
+def _running_workflow() -> ConfigWorkflow | None:
+    """The workflow that evaluates the expression from which this is called; MONAI gives no other access to it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, ConfigWorkflow):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _references(config: Any) -> set[str]:
+    """All ids that a configuration refers to."""
+    if isinstance(config, str):
+        return set(ReferenceResolver.match_refs_pattern(config))
+    parts = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
+    return set().union(*map(_references, parts))
+
+
+def _unused(content: Mapping[str, Any], known: Mapping[str, Any], used: set[str], section: str = "") -> Iterator[str]:
+    """The ids that are neither known nor used, of a configuration or of a section like ``train``."""
+    for name, value in content.items():
+        full = f"{section}{name}"
+        if full in used:
+            continue
+        parts = known.get(name, {})
+        is_section = isinstance(value, dict) and isinstance(parts, dict) and "_target_" not in value
+        if is_section and (name in known or any(other.startswith(f"{full}::") for other in used)):
+            yield from _unused(value, parts, used, f"{full}::")
+        elif name not in known:
+            yield full
+
+
+def _hint(unknown: str, known: Mapping[str, Any], path: Path) -> str:
+    for other in sorted(path.parent.glob("*.yaml")):
+        if other != path and unknown in ConfigParser.load_config_file(str(other)):
+            return f"it is an id of {other.name}"
+    sections = [f"{name}::{part}" for name, value in known.items() if isinstance(value, dict) for part in value]
+    words = [*known, *sections, *inspect.signature(monai.bundle.run).parameters]
+    similar = difflib.get_close_matches(unknown, words, n=1)
+    return f"did you mean {similar[0]}?" if similar else "nothing is called like it"
 
 
 def find_bundle_root(name: str) -> str:

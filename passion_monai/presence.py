@@ -176,8 +176,8 @@ def _present_counts(num_samples: int, missing_rates: Sequence[float]) -> list[in
     if not len(missing_rates):
         raise ValueError("missing_rates must hold one rate per modality, got none.")
     for modality, rate in enumerate(missing_rates):
-        if not 0 <= rate < 1:
-            raise ValueError(f"missing_rates must be in [0, 1), got {rate} for modality {modality}.")
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f"missing_rates must be in [0, 1), got {rate!r} for modality {modality}.")
     counts = [math.floor(num_samples * (1 - rate) + 0.5) for rate in missing_rates]
     if 0 in counts:
         modality = counts.index(0)
@@ -279,7 +279,7 @@ def read_presence(
 
 def _read_json(path: Path, modalities: Sequence[str]) -> dict[str, BoolArray]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if (

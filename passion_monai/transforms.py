@@ -8,6 +8,7 @@ PDT and ModDrop draw anew for each sample and iteration (:class:`RandMaskModalit
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ __all__ = [
 ]
 
 Data = Mapping[Hashable, Any]
+
+_TINY = 1e-9  # mm^3 of a voxel
+_CHUNK = 2**20  # bytes
+_SHOWN = 8  # of the values that a message lists
 
 
 def _present(data: Data, modalities: Sequence[Hashable]) -> list[Hashable]:
@@ -136,8 +141,9 @@ class LoadCased(MapTransform):
         spatial_dims: number of axes that a file must have.
 
     Raises:
-        ValueError: for a case without modality, and for a file that cannot be read, has another number of axes, holds
-            NaN or infinity, or an image that is the same everywhere. The message names case, key and file.
+        ValueError: for a case without modality, and for a file that cannot be read, has another number of axes, no
+            usable affine, holds NaN or infinity, or an image that is the same everywhere. The message names case, key
+            and file.
     """
 
     def __init__(self, keys: Sequence[str], *, label_key: str = "label", spatial_dims: int = 3) -> None:
@@ -180,14 +186,30 @@ class LoadCased(MapTransform):
             )
         if not bool(torch.isfinite(image).all()):
             raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
+        if not bool(torch.isfinite(image.affine).all()) or abs(float(torch.linalg.det(image.affine.double()))) < _TINY:
+            raise ValueError(
+                f"{_where(data, key)} has an affine that does not say where its voxels lie, {image.affine.tolist()}; "
+                "correct its header."
+            )
         return image
 
     def _load(self, path: str) -> MetaTensor:
         reader = "NibabelReader" if path.endswith((".nii", ".nii.gz")) else "ITKReader"
+        if not Path(path).exists():
+            raise FileNotFoundError("it does not exist")
         if Path(path).is_dir() and (count := _count_series(path)) != 1:
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
+        if path.endswith(".gz"):
+            _check_gzip(path)
         image: MetaTensor = self.loaders[reader](path)
         return image
+
+
+def _check_gzip(path: str) -> None:
+    """Read a compressed file to its end, where the checksum is: nibabel stops before it, at the last voxel."""
+    with gzip.open(path) as file:
+        while file.read(_CHUNK):
+            pass
 
 
 def _count_series(folder: str) -> int:
@@ -202,6 +224,11 @@ def _count_series(folder: str) -> int:
 def _where(data: Data, key: Hashable) -> str:
     """Which file of which case an error is about."""
     return f"Case {data.get('case')}: {key} file {data[key]}"
+
+
+def _file(image: Tensor) -> str:
+    """Where an image was read from, for a message about it."""
+    return str(image.meta.get("filename_or_obj")) if isinstance(image, MetaTensor) else "memory"
 
 
 class AlignModalitiesd(MapTransform):
@@ -241,9 +268,9 @@ class AlignModalitiesd(MapTransform):
     def _resample(self, data: Data, key: Hashable, first: Hashable) -> MetaTensor:
         if self.on_mismatch == "raise":
             raise ValueError(
-                f"Case {data.get('case')}: {key} lies on another grid than {first}: {_describe_grid(data[key])} "
-                f"against {_describe_grid(data[first])}. Register and resample them, or set on_mismatch to "
-                "'resample' if they show the same anatomy in world coordinates."
+                f"Case {data.get('case')}: {key} lies on another grid than {first}: {_describe_grid(data[key])} in "
+                f"{_file(data[key])} against {_describe_grid(data[first])}. Register and resample them, or set "
+                "on_mismatch to 'resample' if they show the same anatomy in world coordinates."
             )
         mode = "nearest" if key == self.label_key else "bilinear"
         resampled: MetaTensor = ResampleToMatch(mode=mode, padding_mode="zeros")(data[key], data[first])  # type: ignore[assignment]
@@ -299,7 +326,8 @@ class LabelsToClassesd(MapTransform):
         values_key: key of values that the case has of its own, which then hold instead (data sets have changed them).
 
     Raises:
-        ValueError: for a value that is not among them; the message names case and values.
+        ValueError: for a value that is not among them, and for own values of another number; the message names the
+            case, the file and the values.
     """
 
     def __init__(self, keys: str, *, values: Sequence[int], values_key: str = "label_values") -> None:
@@ -312,11 +340,17 @@ class LabelsToClassesd(MapTransform):
         for key in self.key_iterator(converted):
             label = data[key]
             values = [int(value) for value in data.get(self.values_key, self.values)]
-            unknown = set(torch.unique(label.as_tensor()).tolist()) - set(values)
-            if unknown:
+            if len(values) != len(self.values):
                 raise ValueError(
-                    f"Case {data.get('case')}: the {key} holds the values {sorted(unknown)}, known are {values}; give "
-                    f"the right values as {self.values_key} of the case."
+                    f"Case {data.get('case')}: {self.values_key} must be {len(self.values)} values, one for each "
+                    f"class, got {values}."
+                )
+            unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - set(values))
+            if unknown:
+                shown = f"{unknown[:_SHOWN]}" + f" and {len(unknown) - _SHOWN} others" * (len(unknown) > _SHOWN)
+                raise ValueError(
+                    f"Case {data.get('case')}: the {key} holds the values {shown}, known are {values}, in "
+                    f"{_file(label)}; give the right file, or the right values as {self.values_key} of the case."
                 )
             classes = torch.zeros_like(label, dtype=torch.uint8)
             for index, value in enumerate(values):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from passion_monai.config import check_choice, check_switches, find_bundle_root
+from passion_monai.config import check_switches, find_bundle_root
 
 
 @pytest.fixture
@@ -47,9 +47,3 @@ def test_switches_are_true_or_false(value: object):
     check_switches(a=True, b=False)
     with pytest.raises(ValueError, match=f"b must be True or False .*, got {value!r}"):
         check_switches(a=True, b=value)
-
-
-def test_a_choice_that_there_is_not_is_refused():
-    check_choice("objective", "pmr", ["passion", "pmr"])
-    with pytest.raises(ValueError, match=r"objective must be one of \['passion', 'pmr'\], got 'pmrr'"):
-        check_choice("objective", "pmrr", ["passion", "pmr"])

@@ -7,13 +7,13 @@ Nothing outside this folder names a modality or a label value.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["DATASETS", "DatasetSpec", "discover", "get_spec"]
+__all__ = ["DATASETS", "DatasetSpec", "check_classes", "discover", "get_spec"]
 
 DATASETS: tuple[str, ...] = ("brats", "myops")
 
@@ -49,17 +49,34 @@ class DatasetSpec:
     csv_prefixes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.label_values) != len(self.class_names):
-            raise ValueError(
-                f"label_values and class_names must be as long, got {self.label_values}, {self.class_names}."
-            )
-        for region, classes in self.regions.items():
-            if not set(classes) <= set(range(1, len(self.class_names))):
-                raise ValueError(
-                    f"regions[{region!r}] must hold class indices from 1 to {len(self.class_names) - 1}, got {classes}."
-                )
+        check_classes(self.label_values, self.class_names, self.regions)
         if self.csv_modalities is not None and set(self.csv_modalities) != set(self.modalities):
             raise ValueError(f"csv_modalities must be a reordering of {self.modalities}, got {self.csv_modalities}.")
+
+
+def check_classes(
+    label_values: Sequence[int], class_names: Sequence[str], regions: Mapping[str, Sequence[int]]
+) -> None:
+    """Check that values, names and regions speak of the same K classes; see :class:`DatasetSpec`.
+
+    Raises:
+        ValueError: naming what contradicts what.
+    """
+    if len(label_values) != len(class_names):
+        raise ValueError(
+            f"label_values and class_names must be as long, one of each per class, got {list(label_values)} and "
+            f"{list(class_names)}."
+        )
+    if len(label_values) < 2 or not all(isinstance(value, int) for value in label_values):
+        raise ValueError(f"label_values must be two or more whole numbers, background first, got {list(label_values)}.")
+    for name, values in (("label_values", label_values), ("class_names", class_names)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must be different for each class, got {list(values)}.")
+    for region, classes in regions.items():
+        if not classes or not set(classes) <= set(range(1, len(class_names))):
+            raise ValueError(
+                f"regions[{region!r}] must hold class indices from 1 to {len(class_names) - 1}, got {list(classes)}."
+            )
 
 
 def get_spec(name: str) -> DatasetSpec:
@@ -72,8 +89,14 @@ def get_spec(name: str) -> DatasetSpec:
     return spec
 
 
-def discover(name: str, root: str | Path) -> list[dict[str, Any]]:
+def discover(name: str, root: str | Path, *, keep_faulty: bool = False) -> list[dict[str, Any]]:
     """Find the cases of the dataset ``name`` below the folder ``root``.
+
+    Args:
+        name: of the dataset.
+        root: the folder.
+        keep_faulty: keep cases whose files contradict each other, with the reason under the key ``fault`` and without
+            files, instead of an error.
 
     Returns:
         One dictionary per case, as :mod:`passion_monai.datasets.datalist` describes it, ordered by case id.
@@ -82,7 +105,7 @@ def discover(name: str, root: str | Path) -> list[dict[str, Any]]:
         ValueError: listing ``DATASETS`` when the name is not among them; or when files of a case contradict each other.
         FileNotFoundError: when ``root`` is no folder or holds no case.
     """
-    cases: list[dict[str, Any]] = _module(name).discover(root)
+    cases: list[dict[str, Any]] = _module(name).discover(root, keep_faulty=keep_faulty)
     return cases
 
 

@@ -76,7 +76,7 @@ sequences and file names:
 """
 
 
-def discover(root: str | Path) -> list[dict[str, Any]]:
+def discover(root: str | Path, *, keep_faulty: bool = False) -> list[dict[str, Any]]:
     """Find all cases below a folder; see :func:`passion_monai.datasets.discovery.discover_cases`."""
     return discover_cases(
         root,
@@ -85,6 +85,7 @@ def discover(root: str | Path) -> list[dict[str, Any]]:
         modalities=SPEC.modalities,
         patient=_patient,
         rename=lambda stem: _MISNAMED.get(stem, stem),
+        keep_faulty=keep_faulty,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from passion_monai import __version__
+from passion_monai.faults import Fault, find_fault
 from passion_monai.files import make_folder, save_complete
 
 __all__ = ["FileCacheDataset"]
@@ -35,7 +36,8 @@ class FileCacheDataset(PersistentDataset):
     them changes, a new file is made, and the old one is left. All are made at the start, several processes sharing the
     work.
 
-    Of MONAI's metadata the affine is kept.
+    Of MONAI's metadata the affine is kept. Cases that fail are not the end of it: they are in ``faults``, all of them,
+    and an error when they are asked for.
 
     Args:
         data: the cases.
@@ -56,21 +58,25 @@ class FileCacheDataset(PersistentDataset):
     ) -> None:
         make_folder(cache_dir)
         super().__init__(data, transform, cache_dir=cache_dir, hash_func=_hash_case, hash_transform=pickle_hashing)
-        self._prepare(num_workers)
+        self.faults = self._prepare(num_workers)
 
-    def _prepare(self, num_workers: int) -> None:
+    def _prepare(self, num_workers: int) -> list[Fault]:
         """Make the files that are not there; each rank starts elsewhere, and skips what others have made."""
         start = len(self.data) * idist.get_rank() // idist.get_world_size()
         missing = [item for item in [*self.data[start:], *self.data[:start]] if not self._path(item).is_file()]
         if not missing:
-            return
+            return []
         logger.info(f"{len(missing)} of {len(self.data)} cases are preprocessed, into {self.cache_dir}.")
         with ThreadPool(max(num_workers, 1)) as pool:
-            done = tqdm(
-                pool.imap_unordered(self._write, missing), total=len(missing), desc="Preprocessing", unit="case"
-            )
-            for _ in done:
-                pass
+            done = tqdm(pool.imap_unordered(self._try, missing), total=len(missing), desc="Preprocessing", unit="case")
+            return sorted(fault for fault in done if fault is not None)
+
+    def _try(self, item: Item) -> Fault | None:
+        try:
+            self._write(item)
+        except RuntimeError as error:
+            return find_fault(item, error)
+        return None
 
     def _path(self, item: Item) -> Path:
         name = self.hash_func(item).decode() + self.transform_hash

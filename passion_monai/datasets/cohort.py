@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from passion_monai.datasets.datalist import (
     apply_presence,
     datalist_presence,
     read_datalist,
+    read_json,
     split_cases,
     write_datalist,
 )
@@ -103,7 +103,7 @@ def training_cases(
     if missing_rates is not None and presence_file is not None:
         raise ValueError("Give missing_rates or presence_file, not both.")
     if missing_rates is not None:
-        cases = apply_presence(cases, simulate_presence(len(cases), missing_rates, seed=seed), modalities)
+        cases = _simulate(cases, missing_rates, modalities, seed)
     elif presence_file is not None:
         spec = get_spec(dataset)
         rows = read_presence(
@@ -128,7 +128,7 @@ def validation_cases(datalist: str, *, modalities: Sequence[str], root: str | No
 
     The arguments are those of :func:`training_cases`.
     """
-    if not json.loads(Path(datalist).read_text(encoding="utf-8")).get("validation"):
+    if not read_json(datalist).get("validation"):
         logger.warning(f"{datalist} has no validation cases: the weights of the last epoch are kept, not the best.")
         return []
     return read_datalist(datalist, "validation", modalities=modalities, root=root)
@@ -163,11 +163,16 @@ def inference_cases(
     if files is not None:
         return [_single_case(files, modalities)]
     if dataset_dir is not None:
-        return _without_labels(discover(dataset, dataset_dir))
+        return _without_labels(discover(dataset, dataset_dir, keep_faulty=True))
     cases = _without_labels(discover(dataset, _phantom(dataset, output_dir, phantom)))
-    if missing_rates is not None:
-        cases = apply_presence(cases, simulate_presence(len(cases), missing_rates, seed=seed), modalities)
-    return cases
+    return cases if missing_rates is None else _simulate(cases, missing_rates, modalities, seed)
+
+
+def _simulate(cases: Sequence[Case], rates: Sequence[float], modalities: Sequence[str], seed: int) -> list[Case]:
+    """The cases with rows of a presence matrix that is drawn for them."""
+    if not isinstance(rates, (list, tuple)) or len(rates) != len(modalities):
+        raise ValueError(f"missing_rates must be a list of one rate for each of {list(modalities)}, got {rates!r}.")
+    return apply_presence(cases, simulate_presence(len(cases), rates, seed=seed), modalities)
 
 
 def _expand_slices(cases: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
@@ -176,8 +181,11 @@ def _expand_slices(cases: Sequence[Case], modalities: Sequence[str]) -> list[Cas
     samples = []
     for case in cases:
         first = modalities[int(datalist_presence([case], modalities)[0].argmax())]
-        volume = load({"case": case["case"], first: case[first]})[first]
-        samples += [{**case, "slice": index} for index in range(volume.shape[-1])]
+        try:
+            slices = load({"case": case["case"], first: case[first]})[first].shape[-1]
+        except ValueError:
+            slices = 1  # which will fail in the same way, beside all other cases that do
+        samples += [{**case, "slice": index} for index in range(slices)]
     logger.info(f"They have {len(samples)} slices.")
     return samples
 
@@ -197,7 +205,7 @@ def _phantom(dataset: str, output_dir: str, phantom: Mapping[str, Any]) -> Path:
 
 
 def _check_root(datalist: Path, root: Path) -> None:
-    made_from = Path(json.loads(datalist.read_text(encoding="utf-8"))["root"])
+    made_from = Path(str(read_json(datalist).get("root")))
     if made_from != root.resolve():
         raise ValueError(
             f"{datalist} was made from {made_from}, but the cases are now in {root.resolve()}; give another "
@@ -206,8 +214,12 @@ def _check_root(datalist: Path, root: Path) -> None:
 
 
 def _single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
-    unknown = set(files) - {*modalities, "case"}
-    if unknown or not set(files) & set(modalities):
-        raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {dict(files)}.")
+    if not isinstance(files, Mapping) or set(files) - {*modalities, "case"} or not set(files) & set(modalities):
+        raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {files!r}.")
     first = next(Path(files[name]) for name in modalities if name in files)
-    return {"case": strip_extension(first.name), **files}
+    case = {"case": strip_extension(first.name), **files}
+    if not isinstance(case["case"], str) or case["case"] != Path(case["case"]).name:
+        raise ValueError(
+            f"files: 'case' names the files to write and must be a name without folders, got {case['case']!r}."
+        )
+    return case

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from passion_monai.datasets import DatasetSpec
+from passion_monai.faults import FAULT_KEY
 from passion_monai.files import complete_file
 from passion_monai.presence import check_presence
 
@@ -31,10 +32,12 @@ __all__ = [
     "SECTIONS",
     "UNLABELLED_SECTION",
     "apply_presence",
+    "check_modalities",
     "datalist_command",
     "datalist_presence",
     "modality_counts",
     "read_datalist",
+    "read_json",
     "split_cases",
     "write_datalist",
 ]
@@ -45,6 +48,22 @@ SECTIONS = ("training", "validation", "test")
 UNLABELLED_SECTION = "inference"
 _HEADER_KEYS = ("dataset", "modalities", "root")
 _CASE_KEYS = ("case", "patient", "label", "label_values", "presence")
+# What transforms add to a case, and what they make of the modalities.
+_SAMPLE_KEYS = ("image", "pred", "files", "slice", FAULT_KEY)
+
+
+def check_modalities(modalities: Sequence[str]) -> None:
+    """Check that these can be names of modalities.
+
+    Raises:
+        ValueError: when there is none, one is there twice, or one is called like another key of a case.
+    """
+    reserved = (*_CASE_KEYS, *_SAMPLE_KEYS)
+    names = modalities if isinstance(modalities, (list, tuple)) else []
+    if not names or len(set(names)) < len(names) or any(not isinstance(name, str) or not name for name in names):
+        raise ValueError(f"modalities must be a list of different names, got {modalities!r}.")
+    if set(names) & set(reserved):
+        raise ValueError(f"modalities must not be called like one of {list(reserved)}, got {modalities!r}.")
 
 
 def split_cases(
@@ -168,10 +187,39 @@ def _file_keys(case: Mapping[str, Any], modalities: Sequence[str]) -> list[str]:
     return [key for key in (*modalities, "label") if key in case]
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: naming the file and the place when it holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Datalist {path} does not exist; python -m passion_monai.datasets.<name> makes one (see its --help)."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(_shape_of_a_datalist(path, type(content).__name__))
+    return content
+
+
+def _shape_of_a_datalist(path: Path, found: object) -> str:
+    sections = [*SECTIONS, UNLABELLED_SECTION]
+    return f"{path} must be an object with {list(_HEADER_KEYS)} and sections {sections}, got {found}."
+
+
 def read_datalist(
     path: str | Path, section: str, *, modalities: Sequence[str], root: str | Path | None = None
 ) -> list[Case]:
     """Read and check one section of a datalist.
+
+    A file that does not exist is left to the transform that reads it, so that it is reported with all others that
+    cannot be read; unless no case has all of its files.
 
     Args:
         path: the JSON file.
@@ -183,8 +231,8 @@ def read_datalist(
         The section's cases, with absolute paths and, where a case has it, ``presence`` in the order of ``modalities``.
 
     Raises:
-        FileNotFoundError: when the datalist or a file of a case does not exist.
-        ValueError: naming the datalist and the case when anything in it is not as this module describes.
+        FileNotFoundError: when the datalist does not exist, or every case lacks a file.
+        ValueError: naming the datalist and all cases in which anything is not as this module describes.
     """
     path = Path(path)
     content = _load(path, section)
@@ -192,35 +240,43 @@ def read_datalist(
     if absent:
         raise ValueError(f"{path} has the modalities {content['modalities']}, but {absent[0]!r} is asked for.")
     folder = Path(content["root"] if root is None else root).expanduser().absolute()
-    cases = []
+    cases, problems = [], []
     for entry in content[section]:
         where = f"{path}, section {section!r}, case {entry['case']!r}"
-        _check_case(entry, where, content["modalities"], labelled=section in SECTIONS)
-        case = _select_modalities(entry, content["modalities"], modalities)
-        if not datalist_presence([case], modalities).any():
-            raise ValueError(f"{where}: none of {list(modalities)} is present; remove the case.")
-        cases.append(_with_absolute_paths(case, where, modalities, folder))
+        try:
+            _check_case(entry, where, content["modalities"], labelled=section in SECTIONS)
+            cases.append(
+                _with_absolute_paths(
+                    _select_modalities(entry, where, content["modalities"], modalities), modalities, folder
+                )
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    _check_root(f"{path}, section {section!r}", cases, modalities, folder)
     return cases
+
+
+def _check_root(where: str, cases: Sequence[Case], modalities: Sequence[str], root: Path) -> None:
+    """Tell a wrong root, with which no case is complete, from single files that are missing."""
+    absent = [[case[key] for key in _file_keys(case, modalities) if not Path(case[key]).exists()] for case in cases]
+    if all(absent):
+        raise FileNotFoundError(
+            f"{where}: no case has all of its files; of {cases[0]['case']!r}, {absent[0][0]} does not exist. If the "
+            f"data lie somewhere else than {root}, pass that folder as root (dataset_dir of a bundle); if a modality "
+            "is missing, leave out its key."
+        )
 
 
 def _load(path: Path, section: str) -> dict[str, Any]:
     """The datalist's content, checked as far as it does not concern single cases."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Datalist {path} does not exist; python -m passion_monai.datasets.<name> makes one (see its --help)."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    content = read_json(path)
     sections = (*SECTIONS, UNLABELLED_SECTION)
     if section not in sections:
         raise ValueError(f"section must be one of {list(sections)}, got {section!r}.")
-    if not isinstance(content, dict) or not set(_HEADER_KEYS) <= content.keys() <= {*_HEADER_KEYS, *sections}:
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f"{path} must be an object with {list(_HEADER_KEYS)} and sections {list(sections)}, got {found}."
-        )
+    if not set(_HEADER_KEYS) <= content.keys() <= {*_HEADER_KEYS, *sections}:
+        raise ValueError(_shape_of_a_datalist(path, sorted(content)))
     if not isinstance(content["modalities"], list) or not isinstance(content["root"], str):
         raise ValueError(
             f"{path}: 'modalities' must be a list of names and 'root' a folder, got {content['modalities']!r} "
@@ -234,18 +290,26 @@ def _load(path: Path, section: str) -> dict[str, Any]:
 
 
 def _check_unique(path: Path, sections: Mapping[str, Any]) -> None:
-    """Check that every case has an id and none is there twice, in whatever sections."""
+    """Check that every case has an id, none is there twice, and no patient is in two of the labelled sections."""
     section_of: dict[str, str] = {}
+    section_of_patient: dict[str, str] = {}
     for section, entries in sections.items():
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{path}, section {section!r}: must be a list of objects, one per case.")
         for entry in entries:
             case = entry.get("case")
-            if not isinstance(case, str):
+            if not isinstance(case, str) or not case:
                 raise ValueError(f"{path}, section {section!r}: 'case' must be the case's id, got {case!r} in {entry}.")
             if case in section_of:
                 raise ValueError(f"{path}: case {case!r} is there twice, in {section_of[case]!r} and in {section!r}.")
             section_of[case] = section
+            patient = str(entry.get("patient", case))
+            other = section_of_patient.setdefault(patient, section) if section in SECTIONS else section
+            if other != section:
+                raise ValueError(
+                    f"{path}, case {case!r}: patient {patient!r} is in {other!r} and in {section!r}, so that scores "
+                    "would be of a patient who was learned from; keep all cases of a patient in one section."
+                )
 
 
 def _check_case(entry: Mapping[str, Any], where: str, modalities: Sequence[str], *, labelled: bool) -> None:
@@ -257,37 +321,36 @@ def _check_case(entry: Mapping[str, Any], where: str, modalities: Sequence[str],
         )
     if labelled and "label" not in entry:
         raise ValueError(f"{where}: has no label; add one or move the case to section {UNLABELLED_SECTION!r}.")
-    for key in _file_keys(entry, modalities):
-        if not isinstance(entry[key], str):
-            raise ValueError(
-                f"{where}: {key!r} must be a path, got {entry[key]!r}; leave out the key of a missing modality."
-            )
+    _check_paths(entry, where, modalities)
     row = entry.get("presence", [True] * len(modalities))
     if not isinstance(row, list) or len(row) != len(modalities) or any(value not in (0, 1) for value in row):
         raise ValueError(f"{where}: 'presence' must be {len(modalities)} booleans, one per modality, got {row!r}.")
 
 
-def _select_modalities(entry: Mapping[str, Any], modalities: Sequence[str], wanted: Sequence[str]) -> Case:
+def _check_paths(entry: Mapping[str, Any], where: str, modalities: Sequence[str]) -> None:
+    key_of: dict[str, str] = {}
+    for key in _file_keys(entry, modalities):
+        path = entry[key]
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{where}: {key!r} must be a path, got {path!r}; leave out the key of a missing modality.")
+        other = key_of.setdefault(path, key)
+        if other != key:
+            raise ValueError(f"{where}: {other!r} and {key!r} are the same file, {path}; give each its own.")
+
+
+def _select_modalities(entry: Mapping[str, Any], where: str, modalities: Sequence[str], wanted: Sequence[str]) -> Case:
     """The case with the wanted modalities only, its row of C in their order."""
     case = {key: value for key, value in entry.items() if key in wanted or key not in modalities}
     if "presence" in entry:
         row = dict(zip(modalities, entry["presence"], strict=True))
         case["presence"] = [bool(row[modality]) for modality in wanted]
+    if not datalist_presence([case], wanted).any():
+        raise ValueError(f"{where}: none of {list(wanted)} is present; remove the case.")
     return case
 
 
-def _with_absolute_paths(case: Case, where: str, modalities: Sequence[str], root: Path) -> Case:
-    """The case with absolute paths, all of which exist."""
-    absolute = dict(case)
-    for key in _file_keys(case, modalities):
-        file = root / case[key]
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{where}: {key} {file} does not exist. If the data lie somewhere else than "
-                f"{root}, pass that folder as root; if the modality is missing, leave out its key."
-            )
-        absolute[key] = str(file)
-    return absolute
+def _with_absolute_paths(case: Case, modalities: Sequence[str], root: Path) -> Case:
+    return case | {key: str(root / case[key]) for key in _file_keys(case, modalities)}
 
 
 def datalist_presence(cases: Sequence[Case], modalities: Sequence[str]) -> NDArray[np.bool_]:

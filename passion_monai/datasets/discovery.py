@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from passion_monai.faults import FAULT_KEY, Fault, raise_faults
+
 __all__ = ["Naming", "discover_cases", "strip_extension"]
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ def discover_cases(
     patient: Callable[[str], str] = str,
     rename: Callable[[str], str] = str,
     labels_apart: bool = False,
+    keep_faulty: bool = False,
 ) -> list[dict[str, Any]]:
     """Find all cases below a folder, which may also be the folder of a single case.
 
@@ -79,15 +82,17 @@ def discover_cases(
         patient: whom a case shows, by its id.
         rename: the name, without extension, under which a file counts, for files that were released misnamed.
         labels_apart: whether a case's label may lie in another folder than its images.
+        keep_faulty: keep cases whose files contradict each other, with the reason under the key ``fault`` and without
+            files, instead of an error.
 
     Returns:
         One case per id, ordered by id: ``case``, ``patient``, the absolute path of each modality there is, ``label``
         if there is one, and the ``label_values`` of its naming.
 
     Raises:
-        FileNotFoundError: when ``root`` is no folder or holds no case, or when a file is a broken link.
-        ValueError: naming the case and the files when it has two files for one modality, lies in two folders, is
-            named in two ways, or has a label only.
+        FileNotFoundError: when ``root`` is no folder or holds no case.
+        ValueError: naming all cases, and their files, that have two files for one modality, lie in two folders, are
+            named in two ways, have a label only, a broken link or a folder called like an image.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
@@ -108,29 +113,35 @@ def discover_cases(
         )
     cases = []
     for case in sorted(found):
-        files, paths = found[case], _paths(case, found[case], labels_apart=labels_apart)
-        cases.append(
-            {
-                "case": case,
-                "patient": patient(case),
-                **{key: paths[key] for key in (*modalities, "label") if key in paths},
-                "label_values": list(files[0].naming.label_values),
-            }
-        )
+        entry: dict[str, Any] = {"case": case, "patient": patient(case)}
+        try:
+            paths = _paths(case, found[case], labels_apart=labels_apart)
+            entry |= {key: paths[key] for key in (*modalities, "label") if key in paths}
+            entry["label_values"] = list(found[case][0].naming.label_values)
+        except ValueError as error:
+            entry[FAULT_KEY] = str(error)
+        cases.append(entry)
+    if not keep_faulty:
+        raise_faults(Fault(case["case"], "", case[FAULT_KEY]) for case in cases if FAULT_KEY in case)
     return cases
 
 
 def _walk(root: Path, namings: Sequence[Naming]) -> Iterator[Path]:
-    """All image files below ``root``, and folders of a DICOM series, in a stable order."""
+    """All image files below ``root``, and folders of a DICOM series or called like an image, in a stable order."""
     for folder, subfolders, names in os.walk(root, onerror=lambda error: logger.warning("Left out: %s", error)):
         visible = sorted(name for name in subfolders if not name.startswith("."))
         for name in visible:
             if (Path(folder) / name).is_symlink():
                 logger.warning("Left out: %s is a link, links to folders are not followed.", Path(folder) / name)
-        series = [name for name in visible if _is_series(Path(folder) / name, namings)]
-        subfolders[:] = [name for name in visible if name not in series]
+        taken = [name for name in visible if _is_image(name, namings) or _is_series(Path(folder) / name, namings)]
+        subfolders[:] = [name for name in visible if name not in taken]
         files = sorted(name for name in names if not name.startswith(".") and _IMAGE.search(name))
-        yield from (Path(folder) / name for name in [*series, *files])
+        yield from (Path(folder) / name for name in [*taken, *files])
+
+
+def _is_image(name: str, namings: Sequence[Naming]) -> bool:
+    """Whether something, which ought to be no folder then, is called like the image of a modality."""
+    return bool(_IMAGE.search(name)) and any(naming.identify(strip_extension(name)) for naming in namings)
 
 
 def _is_series(folder: Path, namings: Sequence[Naming]) -> bool:
@@ -159,7 +170,9 @@ def _paths(case: str, files: Sequence[_File], *, labels_apart: bool) -> dict[str
                 f"Case {case!r} has two files for {file.key}, {paths[file.key]} and {file.path}; remove one."
             )
         if not file.path.exists():
-            raise FileNotFoundError(f"Case {case!r}: {file.path} is a broken link; restore its target or remove it.")
+            raise ValueError(f"Case {case!r}: {file.path} is a broken link; restore its target or remove it.")
+        if file.path.is_dir() and _IMAGE.search(file.path.name):
+            raise ValueError(f"Case {case!r}: {file.path} is a folder, not a file; move the file in it to its place.")
         paths[file.key] = str(file.path)
     if paths.keys() == {"label"}:
         raise ValueError(f"Case {case!r} has a label but no image, only {paths['label']}; move it out of root.")

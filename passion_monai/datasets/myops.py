@@ -72,9 +72,11 @@ sequences and file names:
 """
 
 
-def discover(root: str | Path) -> list[dict[str, Any]]:
+def discover(root: str | Path, *, keep_faulty: bool = False) -> list[dict[str, Any]]:
     """Find all cases below a folder; see :func:`passion_monai.datasets.discovery.discover_cases`."""
-    return discover_cases(root, _NAMINGS, title="MyoPS", modalities=SPEC.modalities, labels_apart=True)
+    return discover_cases(
+        root, _NAMINGS, title="MyoPS", modalities=SPEC.modalities, labels_apart=True, keep_faulty=keep_faulty
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

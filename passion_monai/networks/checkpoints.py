@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passion_monai.networks.base import Backbone
@@ -21,7 +22,15 @@ from passion_monai.networks.m2ftrans import M2FTrans
 from passion_monai.networks.mmformer import MMFormer
 from passion_monai.networks.rfnet import RFNet
 
-__all__ = ["LoadReport", "fit_positions", "load_reference_checkpoint", "read_state_dict", "translate_reference_state"]
+__all__ = [
+    "LoadReport",
+    "WeightsLoader",
+    "fit_positions",
+    "load_reference_checkpoint",
+    "load_weights",
+    "read_state_dict",
+    "translate_reference_state",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -131,22 +140,77 @@ def translate_reference_state(
 
 
 def read_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of one under the key ``state_dict``, without the prefix ``module.``.
+    """The tensors of a state dict, or of one under the key ``state_dict`` or ``model``, without the prefix ``module.``.
 
     Args:
         checkpoint: a file, read as tensors only, or its content.
 
     Raises:
         FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be read, or holds something else.
     """
-    if isinstance(checkpoint, Mapping):
-        content = checkpoint
-    elif Path(checkpoint).is_file():
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    else:
-        raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
-    state = content.get("state_dict", content)
+    content = checkpoint if isinstance(checkpoint, Mapping) else _read_tensors(Path(checkpoint))
+    state = content
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            state = content[key]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{checkpoint} holds no weights by their names, but {type(state).__name__}.")
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read_tensors(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}; train first, or give another file (ckpt_path).")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file may make its readers fail in any way.
+    except Exception as error:
+        raise ValueError(
+            f"Checkpoint {path} cannot be read as tensors: it is damaged, or holds other objects, which are not loaded "
+            "because they could run code. Get it anew."
+        ) from error
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load the weights of a training into the network that it was about, to the last parameter.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be read, or is of another network.
+    """
+    state, target = read_state_dict(path), network.state_dict()
+    strange = sorted(state.keys() ^ target.keys())
+    shapes = {name: (tuple(state[name].shape), tuple(target[name].shape)) for name in state.keys() & target.keys()}
+    other = [f"{name} is {theirs}, not {ours}" for name, (theirs, ours) in sorted(shapes.items()) if theirs != ours]
+    if strange or other:
+        raise ValueError(
+            f"Checkpoint {path} does not fit this {type(network).__name__}: {len(strange)} of the parameters are only "
+            f"in one of them (as {strange[:2]}), {len(other)} have another shape ({'; '.join(other[:2])}). It needs "
+            "the backbone, modalities, label_values, roi_size and network_def of its training."
+        )
+    network.load_state_dict(state)
+    logger.info(f"Loaded the weights {path}.")
+
+
+class WeightsLoader:
+    """Loads the weights of a training when an engine starts; see :func:`load_weights`.
+
+    Args:
+        network: the network.
+        path: file of the weights.
+    """
+
+    def __init__(self, network: nn.Module, path: str | Path) -> None:
+        self.network = network
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        """Load when this engine starts."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self) -> None:
+        load_weights(self.network, self.path)
 
 
 def _translate(name: str, rules: Sequence[Rule]) -> str:

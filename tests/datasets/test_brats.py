@@ -177,7 +177,7 @@ class TestDiscoverErrors:
     def test_broken_link(self, tmp_path: Path) -> None:
         write_case(tmp_path, "x", OLD[1:])
         (tmp_path / "x_flair.nii.gz").symlink_to(tmp_path / "gone")
-        with pytest.raises(FileNotFoundError, match=r"Case 'x': .*x_flair.nii.gz is a broken link"):
+        with pytest.raises(ValueError, match=r"Case 'x': .*x_flair.nii.gz is a broken link"):
             discover(tmp_path)
 
     def test_nothing_found(self, tmp_path: Path) -> None:

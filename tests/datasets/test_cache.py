@@ -125,12 +125,17 @@ def test_ranks_share_the_work(cases: list[dict[str, Any]], tmp_path: Path, monke
     assert (tmp_path / "loads.txt").read_text().split() == ["b", "a"]
 
 
-def test_an_error_names_the_case_and_leaves_the_others(cases: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_all_cases_that_fail_are_named_and_leave_the_others(cases: list[dict[str, Any]], tmp_path: Path) -> None:
     Path(cases[1]["x"]).write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match="applying transform") as error:
-        make_dataset(cases, tmp_path)
-    assert "Case b: x file" in str(error.value.__cause__)
+    Path(cases[0]["y"]).unlink()
+    good = cases[1] | {"case": "c", "x": cases[0]["x"]}
+    dataset = make_dataset([*cases, good], tmp_path, num_workers=2)
+    assert [(fault.case, fault.file) for fault in dataset.faults] == [("a", cases[0]["y"]), ("b", cases[1]["x"])]
+    assert "Case b: x file" in dataset.faults[1].reason
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert dataset[2]["case"] == "c"
+    with pytest.raises(RuntimeError, match="applying transform"):
+        dataset[0]
 
 
 def test_a_broken_file_is_named_with_the_remedy(cases: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -291,7 +291,8 @@ class TestRead:
         path = write(tmp_path / "list.json", content_of(root))
         root.rename(tmp_path / "moved")
         with pytest.raises(
-            FileNotFoundError, match=r"list.json, section 'training', case 'x': a .*/data/x_a .* as root"
+            FileNotFoundError,
+            match=r"list.json, section 'training': no case has all .* of 'x', .*/data/x_a does not exist.* as root",
         ):
             read_datalist(path, "training", modalities=MODALITIES)
         x, _ = read_datalist(path, "training", modalities=MODALITIES, root=tmp_path / "moved")
@@ -330,10 +331,10 @@ class TestRead:
             read_datalist(write(tmp_path / "list.json", content), section, modalities=MODALITIES)
 
     @pytest.mark.parametrize("key", ["a", "label"])
-    def test_missing_file(self, root: Path, tmp_path: Path, key: str) -> None:
+    def test_a_missing_file_is_left_to_its_reader(self, root: Path, tmp_path: Path, key: str) -> None:
         (root / f"x_{key}").unlink()
-        with pytest.raises(FileNotFoundError, match=f"case 'x': {key} .*x_{key} does not exist"):
-            read_datalist(write(tmp_path / "list.json", content_of(root)), "training", modalities=MODALITIES)
+        path = write(tmp_path / "list.json", content_of(root))
+        assert len(read_datalist(path, "training", modalities=MODALITIES)) == 2
 
     @pytest.mark.parametrize("section", ["training", "inference"])
     def test_duplicate_case(self, root: Path, tmp_path: Path, section: str) -> None:

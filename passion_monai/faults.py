@@ -1,0 +1,130 @@
+"""Cases that cannot be used: all of them are found and named, and none of them stops the others.
+
+A case or sample with the key ``fault`` is such a case; under the key stands what is wrong with it, in words.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
+
+__all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "find_fault", "raise_faults"]
+
+logger = logging.getLogger(__name__)
+
+FAULT_KEY = "fault"
+
+
+class Fault(NamedTuple):
+    """A case that cannot be used.
+
+    Attributes:
+        case: its id.
+        file: the file that is the reason; empty where it is none, or not a single one.
+        reason: what is wrong and what to do, in words.
+    """
+
+    case: str
+    file: str
+    reason: str
+
+
+def find_fault(case: Mapping[Hashable, Any], error: BaseException) -> Fault:
+    """What an error that a transform or the network raised says of a case."""
+    while "applying transform" in str(error) and error.__cause__ is not None:
+        error = error.__cause__  # MONAI's Compose wraps what its transforms raise
+    name = str(case.get("case"))
+    reason = str(error) if str(error).startswith("Case ") else f"Case {name}: {type(error).__name__}: {error}"
+    named = [value for key, value in case.items() if key != "case" and isinstance(value, str) and value in reason]
+    return Fault(name, max(named, key=len, default=""), reason)
+
+
+def raise_faults(faults: Iterable[Fault], *, outcome: str = "Mend or remove these; nothing was computed yet.") -> None:
+    """Name all cases that cannot be used in one error; what is the same for several samples of a case comes once.
+
+    Args:
+        faults: of the cases.
+        outcome: what follows, in words.
+
+    Raises:
+        ValueError: when there is a fault.
+    """
+    different = list(dict.fromkeys(faults))
+    if different:
+        count = len({fault.case for fault in different})
+        raise ValueError(
+            "\n".join([f"{count} case(s) cannot be used:", *(fault.reason for fault in different), outcome])
+        )
+
+
+class TolerantDataset(Dataset):
+    """MONAI's dataset, in which a case that fails is a sample with the fault instead of an error.
+
+    So the loader, whose workers an error would end, goes on with the next case; :class:`FaultReport` takes note.
+
+    Args:
+        data: the cases; one may have the key ``fault`` already.
+        transform: what makes samples of them, a :class:`monai.transforms.Compose`.
+    """
+
+    def _transform(self, index: int) -> Any:
+        case = self.data[index]
+        if FAULT_KEY in case:
+            return {"case": case["case"], "file": "", FAULT_KEY: case[FAULT_KEY]}
+        try:
+            return super()._transform(index)
+        except RuntimeError as error:
+            fault = find_fault(case, error)
+            return {"case": fault.case, "file": fault.file, FAULT_KEY: fault.reason}
+
+
+class FaultReport:
+    """Lets an evaluator go on after a case that failed, and names all such cases in the end.
+
+    Give it to MONAI's evaluator as ``iteration_update``, over a loader of a :class:`TolerantDataset` with batches of
+    one case. Failures of the network, and of what comes after it, count too; but a disk that cannot be written to stops
+    the run, as it would fail for every case. For handlers, a case that failed is an empty batch.
+
+    Args:
+        path: CSV file with ``case``, ``file`` and ``reason``, written with every fault; there is none without faults.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.faults: list[Fault] = []
+
+    def __call__(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> Any:
+        if engine.state.iteration == 1:
+            self.faults = []
+            self.path.unlink(missing_ok=True)
+        if FAULT_KEY in batch:
+            return self._skip(engine, Fault(batch["case"][0], batch["file"][0], batch[FAULT_KEY][0]))
+        try:
+            return engine._iteration(engine, batch)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            return self._skip(engine, find_fault({"case": batch["case"][0]}, error))
+
+    def _skip(self, engine: SupervisedEvaluator, fault: Fault) -> list[Any]:
+        logger.error(f"Left out: {fault.reason}")
+        self.faults.append(fault)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([Fault._fields, *self.faults])
+        engine.state.batch = []
+        return []
+
+    def finish(self) -> None:
+        """End a run.
+
+        Raises:
+            ValueError: when there was a fault, naming all of them.
+        """
+        raise_faults(self.faults, outcome=f"These are listed in {self.path}; all other cases are complete.")
