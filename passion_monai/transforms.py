@@ -9,6 +9,7 @@ PDT and ModDrop draw anew for each sample and iteration (:class:`RandMaskModalit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 Data = Mapping[Hashable, Any]
+
+MAX_COMPRESSION = 1032
+"""How many times smaller gzip makes data at best."""
 
 
 def _present(data: Data, modalities: Sequence[Hashable]) -> list[Hashable]:
@@ -134,8 +138,9 @@ class LoadCased(MapTransform):
         spatial_dims: number of axes that a file must have.
 
     Raises:
-        ValueError: for a case without modality, and for a file that cannot be read, has another number of axes, holds
-            NaN or infinity, or an image that is the same everywhere. The message names case, key and file.
+        ValueError: for a case without modality, and for a file that cannot be read, has another number of axes, an
+            affine that is no grid in space, NaN or infinity, or an image that is the same everywhere. The message names
+            case, key and file.
     """
 
     def __init__(self, keys: Sequence[str], *, label_key: str = "label", spatial_dims: int = 3) -> None:
@@ -176,6 +181,11 @@ class LoadCased(MapTransform):
                 f"{_where(data, key)} must have {self.spatial_dims} axes, got shape {tuple(image.shape[1:])} with "
                 f"{image.shape[0]} channel(s)."
             )
+        if not _is_invertible(image.affine):
+            raise ValueError(
+                f"{_where(data, key)} has an affine that is no grid in space, {image.affine.tolist()}; repair its "
+                "header."
+            )
         if not bool(torch.isfinite(image).all()):
             raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
         return image
@@ -184,8 +194,23 @@ class LoadCased(MapTransform):
         reader = "NibabelReader" if path.endswith((".nii", ".nii.gz")) else "ITKReader"
         if Path(path).is_dir() and (count := _count_series(path)) != 1:
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
+        if reader == "NibabelReader":
+            _check_size(path)
         image: MetaTensor = self.loaders[reader](path)
         return image
+
+
+def _check_size(path: str) -> None:
+    """Refuse a NIfTI file that cannot hold the voxels its header claims, for which memory would be reserved first."""
+    image: Any = nib.load(path)
+    claimed = math.prod(image.shape) * image.get_data_dtype().itemsize
+    size = Path(path).stat().st_size
+    if claimed > size * (MAX_COMPRESSION if path.endswith(".gz") else 1):
+        raise ValueError(f"its header claims voxels of {claimed} bytes, which a file of {size} bytes cannot hold")
+
+
+def _is_invertible(affine: Tensor) -> bool:
+    return bool(torch.isfinite(affine).all()) and int(torch.linalg.matrix_rank(affine[:3, :3])) == 3
 
 
 def _count_series(folder: str) -> int:

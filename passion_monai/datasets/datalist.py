@@ -196,7 +196,7 @@ def read_datalist(
     absent = [modality for modality in modalities if modality not in content["modalities"]]
     if absent:
         raise ValueError(f"{path} has the modalities {content['modalities']}, but {absent[0]!r} is asked for.")
-    folder = Path(content["root"] if root is None else root).expanduser().absolute()
+    folder = _root(path, content["root"] if root is None else root)
     cases = []
     for entry in content[section]:
         where = f"{path}, section {section!r}, case {entry['case']!r}"
@@ -208,6 +208,14 @@ def read_datalist(
     return cases
 
 
+def _root(path: Path, root: str | Path) -> Path:
+    """The folder that the datalist's paths are relative to."""
+    try:
+        return Path(root).expanduser().absolute()
+    except RuntimeError as error:  # the home of a user who is not there
+        raise ValueError(f"{path}: root {root} is no folder ({error}); pass the folder of the data as root.") from error
+
+
 def _load(path: Path, section: str) -> dict[str, Any]:
     """The datalist's content, checked as far as it does not concern single cases."""
     if not path.is_file():
@@ -216,7 +224,7 @@ def _load(path: Path, section: str) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     sections = (*SECTIONS, UNLABELLED_SECTION)
     if section not in sections:
@@ -226,7 +234,7 @@ def _load(path: Path, section: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} must be an object with {list(_HEADER_KEYS)} and sections {list(sections)}, got {found}."
         )
-    if not isinstance(content["modalities"], list) or not isinstance(content["root"], str):
+    if not _is_list_of(content["modalities"], str) or not isinstance(content["root"], str):
         raise ValueError(
             f"{path}: 'modalities' must be a list of names and 'root' a folder, got {content['modalities']!r} "
             f"and {content['root']!r}."
@@ -267,9 +275,15 @@ def _check_case(entry: Mapping[str, Any], where: str, modalities: Sequence[str],
             raise ValueError(
                 f"{where}: {key!r} must be a path, got {entry[key]!r}; leave out the key of a missing modality."
             )
+    if not _is_list_of(entry.get("label_values", []), int):
+        raise ValueError(f"{where}: 'label_values' must be a list of whole numbers, got {entry['label_values']!r}.")
     row = entry.get("presence", [True] * len(modalities))
     if not isinstance(row, list) or len(row) != len(modalities) or any(value not in (0, 1) for value in row):
         raise ValueError(f"{where}: 'presence' must be {len(modalities)} booleans, one per modality, got {row!r}.")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
 
 def _select_modalities(entry: Mapping[str, Any], modalities: Sequence[str], wanted: Sequence[str]) -> Case:
@@ -286,13 +300,20 @@ def _with_absolute_paths(case: Case, where: str, modalities: Sequence[str], root
     absolute = dict(case)
     for key in _file_keys(case, modalities):
         file = root / case[key]
-        if not file.exists():
+        if not _exists(file):
             raise FileNotFoundError(
                 f"{where}: {key} {file} does not exist. If the data lie somewhere else than "
                 f"{root}, pass that folder as root; if the modality is missing, leave out its key."
             )
         absolute[key] = str(file)
     return absolute
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def datalist_presence(cases: Sequence[Case], modalities: Sequence[str]) -> NDArray[np.bool_]:

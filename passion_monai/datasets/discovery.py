@@ -85,7 +85,7 @@ def discover_cases(
         if there is one, and the ``label_values`` of its naming.
 
     Raises:
-        FileNotFoundError: when ``root`` is no folder or holds no case, or when a file is a broken link.
+        FileNotFoundError: when ``root`` is no folder or holds no case, or when a file is a broken link or a pipe.
         ValueError: naming the case and the files when it has two files for one modality, lies in two folders, is
             named in two ways, or has a label only.
     """
@@ -158,8 +158,11 @@ def _paths(case: str, files: Sequence[_File], *, labels_apart: bool) -> dict[str
             raise ValueError(
                 f"Case {case!r} has two files for {file.key}, {paths[file.key]} and {file.path}; remove one."
             )
-        if not file.path.exists():
-            raise FileNotFoundError(f"Case {case!r}: {file.path} is a broken link; restore its target or remove it.")
+        # Not exists(): reading a pipe would wait for ever.
+        if not (file.path.is_file() or file.path.is_dir()):
+            raise FileNotFoundError(
+                f"Case {case!r}: {file.path} is a broken link or no file; restore its target or remove it."
+            )
         paths[file.key] = str(file.path)
     if paths.keys() == {"label"}:
         raise ValueError(f"Case {case!r} has a label but no image, only {paths['label']}; move it out of root.")

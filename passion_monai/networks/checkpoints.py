@@ -80,7 +80,7 @@ def load_reference_checkpoint(checkpoint: str | Path | Mapping[str, Any], *, bac
     Raises:
         FileNotFoundError: when there is no such file.
         TypeError: when there is no translation for this kind of network.
-        ValueError: when nothing of the checkpoint fits.
+        ValueError: when the file cannot be read, or when nothing of the checkpoint fits.
     """
     state = read_state_dict(checkpoint)
     translated, unused = translate_reference_state(state, backbone=backbone)
@@ -125,7 +125,8 @@ def translate_reference_state(
             translated[ours] = value
         else:
             unused.append(name)
-    if len(positions) == backbone.num_modalities:
+    alike = len({value.shape for value in positions.values()}) == 1
+    if "position_embeddings" in known and len(positions) == backbone.num_modalities and alike and positions[0].ndim:
         translated["position_embeddings"] = torch.cat([positions[m] for m in range(len(positions))])
     return translated, tuple(unused)
 
@@ -138,21 +139,35 @@ def read_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Ten
 
     Raises:
         FileNotFoundError: when there is no such file.
+        ValueError: when it cannot be read, or holds no tensors under names.
     """
-    if isinstance(checkpoint, Mapping):
-        content = checkpoint
-    elif Path(checkpoint).is_file():
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    else:
-        raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
-    state = content.get("state_dict", content)
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    content = checkpoint if isinstance(checkpoint, Mapping) else _load(Path(checkpoint))
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    named = state.items() if isinstance(state, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        where = "" if isinstance(checkpoint, Mapping) else f" {checkpoint}"
+        raise ValueError(f"The checkpoint{where} holds no state dict, that is, tensors by the names of parameters.")
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # Whatever the unpickler, the archive's reader and torch's own parts throw at damaged bytes.
+    except Exception as error:
+        raise ValueError(f"The checkpoint {path} cannot be read as tensors only: {error}") from error
 
 
 def _translate(name: str, rules: Sequence[Rule]) -> str:
     for pattern, replacement in rules:
         if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
+            try:
+                return re.sub(pattern, replacement, name, count=1)
+            except (ValueError, LookupError):  # a part or a modality that is not in the authors' networks
+                return name
     return name
 
 
@@ -162,7 +177,7 @@ def _fit(value: Tensor, target: Tensor, backbone: Backbone) -> Tensor | None:
         value = value.squeeze(-1)
     if value.shape == target.shape:
         return value
-    if len(value) == 1 and value.numel() == target.numel() and value.shape[-1] == target.shape[-1]:
+    if value.shape[:1] == (1,) and value.numel() == target.numel() and value.shape[-1:] == target.shape[-1:]:
         return value.reshape(target.shape)  # theirs have an axis for the batch
     fitted = fit_positions(value, target, backbone)
     return fitted if fitted.shape == target.shape else None
@@ -179,7 +194,12 @@ def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: 
     """
     grid = tuple(size // backbone.stride for size in backbone.img_size)
     num_tokens = torch.Size(grid).numel()
-    if value.ndim < 2 or value.shape[-1] != target.shape[-1] or target.shape[-2] != num_tokens:
+    if (
+        min(value.ndim, target.ndim) < 2
+        or not value.numel()
+        or value.shape[-1] != target.shape[-1]
+        or target.shape[-2] != num_tokens
+    ):
         return value
     if groups and value.ndim > 2:
         target = target.new_empty(*value.shape[:-2], num_tokens, value.shape[-1])
@@ -190,10 +210,11 @@ def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: 
 def _interpolate(value: Tensor, target: Tensor, grid: tuple[int, ...]) -> Tensor | None:
     """Values per position [..., T', C] on a grid with equal sides, brought to another grid, [..., T, C]."""
     groups = target.numel() // (target.shape[-1] * target.shape[-2])
-    maps = value.reshape(groups, -1, value.shape[-1]).transpose(1, 2)  # [groups, C, T']
-    side = round(maps.shape[-1] ** (1 / len(grid)))
-    if side ** len(grid) != maps.shape[-1]:
+    num_positions, rest = divmod(value.numel(), groups * value.shape[-1])
+    side = round(num_positions ** (1 / len(grid)))
+    if rest or side ** len(grid) != num_positions:
         return None
+    maps = value.reshape(groups, num_positions, value.shape[-1]).transpose(1, 2)  # [groups, C, T']
     mode = {2: "bilinear", 3: "trilinear"}[len(grid)]
     resized = F.interpolate(maps.unflatten(2, (side,) * len(grid)), size=grid, mode=mode, align_corners=False)
     return resized.flatten(2).transpose(1, 2).reshape(target.shape)
