@@ -304,27 +304,27 @@ def _read_csv(
     order = _order(path, csv_modalities, modalities)
     presence: dict[str, BoolArray] = {}
     for number, name, mask in _csv_rows(path):
-        case = _without_prefix(name, csv_prefixes)
+        case = _without_prefix(name or "", csv_prefixes)
         where = f"{path}, line {number}, case {case!r}"
         if case in presence:
             raise ValueError(f"{where}: the case is there twice.")
-        if not _CSV_MASK.fullmatch(mask):
+        if mask is None or not _CSV_MASK.fullmatch(mask):
             raise ValueError(f"{where}: mask must look like [True, False, ...], got {mask!r}.")
         entries = [word == "True" for word in re.findall("True|False", mask)]
         presence[case] = _row(where, entries, order)
     return presence
 
 
-def _csv_rows(path: Path) -> list[tuple[int, str, str]]:
-    """Line, name and mask of every row; empty where a row is too short."""
+def _csv_rows(path: Path) -> list[tuple[int, str | None, str | None]]:
+    """Line, name and mask of every row, None where a row is too short."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            columns = list(reader.fieldnames or ())
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames
             rows = [(reader.line_num, row) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as CSV: {error}") from error
-    if not {"data_name", "mask"} <= set(columns):
+    if not {"data_name", "mask"} <= set(columns or ()):
         raise ValueError(f"{path} must have the columns data_name and mask, got {columns}.")
     return [(number, row["data_name"], row["mask"]) for number, row in rows]
 

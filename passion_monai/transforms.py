@@ -176,7 +176,7 @@ class LoadCased(MapTransform):
                 f"{_where(data, key)} cannot be read ({error}); repair the file, or remove the entry, so that the "
                 "modality counts as missing."
             ) from error
-        if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1:
+        if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1 or not image.numel():
             raise ValueError(
                 f"{_where(data, key)} must have {self.spatial_dims} axes, got shape {tuple(image.shape[1:])} with "
                 f"{image.shape[0]} channel(s)."
