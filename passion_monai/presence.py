@@ -280,11 +280,12 @@ def read_presence(
 def _read_json(path: Path, modalities: Sequence[str]) -> dict[str, BoolArray]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if (
         not isinstance(content, dict)
         or content.keys() != {"modalities", "cases"}
+        or not isinstance(content["modalities"], list)
         or not isinstance(content["cases"], dict)
     ):
         raise ValueError(f'{path} must hold {{"modalities": [...], "cases": {{case id: [1, 0, ...]}}}}.')
@@ -305,20 +306,30 @@ def _read_csv(
 ) -> dict[str, BoolArray]:
     order = _order(path, csv_modalities, modalities)
     presence: dict[str, BoolArray] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"data_name", "mask"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} must have the columns data_name and mask, got {reader.fieldnames}.")
-        for line in reader:
-            case = _without_prefix(line["data_name"], csv_prefixes)
-            where = f"{path}, line {reader.line_num}, case {case!r}"
-            if case in presence:
-                raise ValueError(f"{where}: the case is there twice.")
-            if not _CSV_MASK.fullmatch(line["mask"] or ""):
-                raise ValueError(f"{where}: mask must look like [True, False, ...], got {line['mask']!r}.")
-            entries = [word == "True" for word in re.findall("True|False", line["mask"])]
-            presence[case] = _row(where, entries, order)
+    for number, name, mask in _csv_rows(path):
+        case = _without_prefix(name or "", csv_prefixes)
+        where = f"{path}, line {number}, case {case!r}"
+        if case in presence:
+            raise ValueError(f"{where}: the case is there twice.")
+        if mask is None or not _CSV_MASK.fullmatch(mask):
+            raise ValueError(f"{where}: mask must look like [True, False, ...], got {mask!r}.")
+        entries = [word == "True" for word in re.findall("True|False", mask)]
+        presence[case] = _row(where, entries, order)
     return presence
+
+
+def _csv_rows(path: Path) -> list[tuple[int, str | None, str | None]]:
+    """Line, name and mask of every row, None where a row is too short."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames
+            rows = [(reader.line_num, row) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from error
+    if not {"data_name", "mask"} <= set(columns or ()):
+        raise ValueError(f"{path} must have the columns data_name and mask, got {columns}.")
+    return [(number, row["data_name"], row["mask"]) for number, row in rows]
 
 
 def _without_prefix(case: str, prefixes: Sequence[str]) -> str:
@@ -328,11 +339,12 @@ def _without_prefix(case: str, prefixes: Sequence[str]) -> str:
     return case
 
 
-def _order(path: Path, found: Any, wanted: Sequence[str]) -> list[int]:
+def _order(path: Path, found: Sequence[Any], wanted: Sequence[str]) -> list[int]:
     """Where each wanted modality stands in a row of the file."""
-    if not isinstance(found, Sequence) or sorted(map(str, found)) != sorted(wanted):
+    names = list(map(str, found))
+    if sorted(names) != sorted(wanted):
         raise ValueError(f"{path} is about the modalities {found}, expected {list(wanted)} in any order.")
-    return [found.index(modality) for modality in wanted]
+    return [names.index(modality) for modality in wanted]
 
 
 def _row(where: str, entries: Any, order: Sequence[int]) -> BoolArray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ __all__ = [
 
 Data = Mapping[Hashable, Any]
 
-_TINY = 1e-9  # mm^3 of a voxel
 _CHUNK = 2**20  # bytes
 _SHOWN = 8  # of the values that a message lists
+MAX_COMPRESSION = 1032
+"""How many times smaller gzip makes data at best."""
 
 
 def _present(data: Data, modalities: Sequence[Hashable]) -> list[Hashable]:
@@ -179,18 +181,18 @@ class LoadCased(MapTransform):
                 f"{_where(data, key)} cannot be read ({error}); repair the file, or remove the entry, so that the "
                 "modality counts as missing."
             ) from error
-        if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1:
+        if image.ndim != self.spatial_dims + 1 or image.shape[0] != 1 or not image.numel():
             raise ValueError(
                 f"{_where(data, key)} must have {self.spatial_dims} axes, got shape {tuple(image.shape[1:])} with "
                 f"{image.shape[0]} channel(s)."
             )
-        if not bool(torch.isfinite(image).all()):
-            raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
-        if not bool(torch.isfinite(image.affine).all()) or abs(float(torch.linalg.det(image.affine.double()))) < _TINY:
+        if not _is_invertible(image.affine):
             raise ValueError(
                 f"{_where(data, key)} has an affine that does not say where its voxels lie, {image.affine.tolist()}; "
                 "correct its header."
             )
+        if not bool(torch.isfinite(image).all()):
+            raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
         return image
 
     def _load(self, path: str) -> MetaTensor:
@@ -201,6 +203,8 @@ class LoadCased(MapTransform):
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
         if path.endswith(".gz"):
             _check_gzip(path)
+        if reader == "NibabelReader":
+            _check_size(path)
         image: MetaTensor = self.loaders[reader](path)
         return image
 
@@ -210,6 +214,19 @@ def _check_gzip(path: str) -> None:
     with gzip.open(path) as file:
         while file.read(_CHUNK):
             pass
+
+
+def _check_size(path: str) -> None:
+    """Refuse a NIfTI file that cannot hold the voxels its header claims, for which memory would be reserved first."""
+    image: Any = nib.load(path)
+    claimed = math.prod(image.shape) * image.get_data_dtype().itemsize
+    size = Path(path).stat().st_size
+    if claimed > size * (MAX_COMPRESSION if path.endswith(".gz") else 1):
+        raise ValueError(f"its header claims voxels of {claimed} bytes, which a file of {size} bytes cannot hold")
+
+
+def _is_invertible(affine: Tensor) -> bool:
+    return bool(torch.isfinite(affine).all()) and int(torch.linalg.matrix_rank(affine[:3, :3])) == 3
 
 
 def _count_series(folder: str) -> int:

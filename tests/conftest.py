@@ -11,6 +11,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# `pytest --hypothesis-profile=long` searches; without it, the same few examples run every time.
+settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=2000, deadline=None)
+settings.load_profile("quick")
 
 MODALITIES = ("a", "b", "c")
 BFLOAT16_STEPS = """

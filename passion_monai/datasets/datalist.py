@@ -201,7 +201,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(_shape_of_a_datalist(path, type(content).__name__))
@@ -239,7 +239,7 @@ def read_datalist(
     absent = [modality for modality in modalities if modality not in content["modalities"]]
     if absent:
         raise ValueError(f"{path} has the modalities {content['modalities']}, but {absent[0]!r} is asked for.")
-    folder = Path(content["root"] if root is None else root).expanduser().absolute()
+    folder = _root(path, content["root"] if root is None else root)
     cases, problems = [], []
     for entry in content[section]:
         where = f"{path}, section {section!r}, case {entry['case']!r}"
@@ -260,13 +260,21 @@ def read_datalist(
 
 def _check_root(where: str, cases: Sequence[Case], modalities: Sequence[str], root: Path) -> None:
     """Tell a wrong root, with which no case is complete, from single files that are missing."""
-    absent = [[case[key] for key in _file_keys(case, modalities) if not Path(case[key]).exists()] for case in cases]
+    absent = [[case[key] for key in _file_keys(case, modalities) if not _exists(Path(case[key]))] for case in cases]
     if all(absent):
         raise FileNotFoundError(
             f"{where}: no case has all of its files; of {cases[0]['case']!r}, {absent[0][0]} does not exist. If the "
             f"data lie somewhere else than {root}, pass that folder as root (dataset_dir of a bundle); if a modality "
             "is missing, leave out its key."
         )
+
+
+def _root(path: Path, root: str | Path) -> Path:
+    """The folder that the datalist's paths are relative to."""
+    try:
+        return Path(root).expanduser().absolute()
+    except RuntimeError as error:  # the home of a user who is not there
+        raise ValueError(f"{path}: root {root} is no folder ({error}); pass the folder of the data as root.") from error
 
 
 def _load(path: Path, section: str) -> dict[str, Any]:
@@ -277,7 +285,7 @@ def _load(path: Path, section: str) -> dict[str, Any]:
         raise ValueError(f"section must be one of {list(sections)}, got {section!r}.")
     if not set(_HEADER_KEYS) <= content.keys() <= {*_HEADER_KEYS, *sections}:
         raise ValueError(_shape_of_a_datalist(path, sorted(content)))
-    if not isinstance(content["modalities"], list) or not isinstance(content["root"], str):
+    if not _is_list_of(content["modalities"], str) or not isinstance(content["root"], str):
         raise ValueError(
             f"{path}: 'modalities' must be a list of names and 'root' a folder, got {content['modalities']!r} "
             f"and {content['root']!r}."
@@ -322,6 +330,8 @@ def _check_case(entry: Mapping[str, Any], where: str, modalities: Sequence[str],
     if labelled and "label" not in entry:
         raise ValueError(f"{where}: has no label; add one or move the case to section {UNLABELLED_SECTION!r}.")
     _check_paths(entry, where, modalities)
+    if not _is_list_of(entry.get("label_values", []), int):
+        raise ValueError(f"{where}: 'label_values' must be a list of whole numbers, got {entry['label_values']!r}.")
     row = entry.get("presence", [True] * len(modalities))
     if not isinstance(row, list) or len(row) != len(modalities) or any(value not in (0, 1) for value in row):
         raise ValueError(f"{where}: 'presence' must be {len(modalities)} booleans, one per modality, got {row!r}.")
@@ -338,6 +348,10 @@ def _check_paths(entry: Mapping[str, Any], where: str, modalities: Sequence[str]
             raise ValueError(f"{where}: {other!r} and {key!r} are the same file, {path}; give each its own.")
 
 
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+
 def _select_modalities(entry: Mapping[str, Any], where: str, modalities: Sequence[str], wanted: Sequence[str]) -> Case:
     """The case with the wanted modalities only, its row of C in their order."""
     case = {key: value for key, value in entry.items() if key in wanted or key not in modalities}
@@ -351,6 +365,13 @@ def _select_modalities(entry: Mapping[str, Any], where: str, modalities: Sequenc
 
 def _with_absolute_paths(case: Case, modalities: Sequence[str], root: Path) -> Case:
     return case | {key: str(root / case[key]) for key in _file_keys(case, modalities)}
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def datalist_presence(cases: Sequence[Case], modalities: Sequence[str]) -> NDArray[np.bool_]:

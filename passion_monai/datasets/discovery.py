@@ -92,7 +92,7 @@ def discover_cases(
     Raises:
         FileNotFoundError: when ``root`` is no folder or holds no case.
         ValueError: naming all cases, and their files, that have two files for one modality, lie in two folders, are
-            named in two ways, have a label only, a broken link or a folder called like an image.
+            named in two ways, have a label only, a broken link, a pipe or a folder called like an image.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
@@ -169,8 +169,9 @@ def _paths(case: str, files: Sequence[_File], *, labels_apart: bool) -> dict[str
             raise ValueError(
                 f"Case {case!r} has two files for {file.key}, {paths[file.key]} and {file.path}; remove one."
             )
-        if not file.path.exists():
-            raise ValueError(f"Case {case!r}: {file.path} is a broken link; restore its target or remove it.")
+        # Not exists(): reading a pipe would wait for ever.
+        if not (file.path.is_file() or file.path.is_dir()):
+            raise ValueError(f"Case {case!r}: {file.path} is a broken link or no file; restore or remove it.")
         if file.path.is_dir() and _IMAGE.search(file.path.name):
             raise ValueError(f"Case {case!r}: {file.path} is a folder, not a file; move the file in it to its place.")
         paths[file.key] = str(file.path)

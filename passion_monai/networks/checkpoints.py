@@ -89,7 +89,7 @@ def load_reference_checkpoint(checkpoint: str | Path | Mapping[str, Any], *, bac
     Raises:
         FileNotFoundError: when there is no such file.
         TypeError: when there is no translation for this kind of network.
-        ValueError: when nothing of the checkpoint fits.
+        ValueError: when the file cannot be read, or when nothing of the checkpoint fits.
     """
     state = read_state_dict(checkpoint)
     translated, unused = translate_reference_state(state, backbone=backbone)
@@ -134,7 +134,8 @@ def translate_reference_state(
             translated[ours] = value
         else:
             unused.append(name)
-    if len(positions) == backbone.num_modalities:
+    alike = len({value.shape for value in positions.values()}) == 1
+    if "position_embeddings" in known and len(positions) == backbone.num_modalities and alike and positions[0].ndim:
         translated["position_embeddings"] = torch.cat([positions[m] for m in range(len(positions))])
     return translated, tuple(unused)
 
@@ -154,9 +155,12 @@ def read_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Ten
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             state = content[key]
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{checkpoint} holds no weights by their names, but {type(state).__name__}.")
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    named = state.items() if isinstance(state, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        where = "" if isinstance(checkpoint, Mapping) else f" {checkpoint}"
+        raise ValueError(f"Checkpoint{where} holds no weights by their names, but {type(state).__name__}.")
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
 def _read_tensors(path: Path) -> Any:
@@ -216,7 +220,10 @@ class WeightsLoader:
 def _translate(name: str, rules: Sequence[Rule]) -> str:
     for pattern, replacement in rules:
         if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
+            try:
+                return re.sub(pattern, replacement, name, count=1)
+            except (ValueError, LookupError):  # a part or a modality that is not in the authors' networks
+                return name
     return name
 
 
@@ -226,7 +233,7 @@ def _fit(value: Tensor, target: Tensor, backbone: Backbone) -> Tensor | None:
         value = value.squeeze(-1)
     if value.shape == target.shape:
         return value
-    if len(value) == 1 and value.numel() == target.numel() and value.shape[-1] == target.shape[-1]:
+    if value.shape[:1] == (1,) and value.numel() == target.numel() and value.shape[-1:] == target.shape[-1:]:
         return value.reshape(target.shape)  # theirs have an axis for the batch
     fitted = fit_positions(value, target, backbone)
     return fitted if fitted.shape == target.shape else None
@@ -243,7 +250,12 @@ def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: 
     """
     grid = tuple(size // backbone.stride for size in backbone.img_size)
     num_tokens = torch.Size(grid).numel()
-    if value.ndim < 2 or value.shape[-1] != target.shape[-1] or target.shape[-2] != num_tokens:
+    if (
+        min(value.ndim, target.ndim) < 2
+        or not value.numel()
+        or value.shape[-1] != target.shape[-1]
+        or target.shape[-2] != num_tokens
+    ):
         return value
     if groups and value.ndim > 2:
         target = target.new_empty(*value.shape[:-2], num_tokens, value.shape[-1])
@@ -254,10 +266,11 @@ def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: 
 def _interpolate(value: Tensor, target: Tensor, grid: tuple[int, ...]) -> Tensor | None:
     """Values per position [..., T', C] on a grid with equal sides, brought to another grid, [..., T, C]."""
     groups = target.numel() // (target.shape[-1] * target.shape[-2])
-    maps = value.reshape(groups, -1, value.shape[-1]).transpose(1, 2)  # [groups, C, T']
-    side = round(maps.shape[-1] ** (1 / len(grid)))
-    if side ** len(grid) != maps.shape[-1]:
+    num_positions, rest = divmod(value.numel(), groups * value.shape[-1])
+    side = round(num_positions ** (1 / len(grid)))
+    if rest or side ** len(grid) != num_positions:
         return None
+    maps = value.reshape(groups, num_positions, value.shape[-1]).transpose(1, 2)  # [groups, C, T']
     mode = {2: "bilinear", 3: "trilinear"}[len(grid)]
     resized = F.interpolate(maps.unflatten(2, (side,) * len(grid)), size=grid, mode=mode, align_corners=False)
     return resized.flatten(2).transpose(1, 2).reshape(target.shape)

@@ -70,14 +70,15 @@ def bundle_modalities(bundle: str | Path) -> list[str]:
     path = Path(bundle) / "configs" / "metadata.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the folder of a bundle.")
-    metadata = json.loads(path.read_text(encoding="utf-8"))
     try:
-        channels: dict[str, str] = metadata["network_data_format"]["inputs"]["image"]["channel_def"]
-    except KeyError as error:
-        raise ValueError(
-            f"{path} does not say which modality a channel of the image is ({error} is missing)."
-        ) from error
-    return [channels[str(index)] for index in range(len(channels))]
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        channels = metadata["network_data_format"]["inputs"]["image"]["channel_def"]
+        names = [channels[str(index)] for index in range(len(channels))]
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} does not say which modality a channel of the image is ({error!r}).") from error
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} must name the modality of each channel of the image, got {names}.")
+    return names
 
 
 def transfer_weights(
@@ -126,7 +127,7 @@ def transfer_weights(
             pretrained = fit_positions(state[source_name], value, network, groups=axis is not None)
             blocks = None if axis is None or not unlike else (axis, sources, len(pretrained_modalities))
             fitted = _select_blocks(pretrained, value, *blocks) if blocks else pretrained
-            if fitted.shape != value.shape:
+            if fitted is None or fitted.shape != value.shape:
                 fresh[name] = f"has the shape {tuple(value.shape)}, in the weights {tuple(pretrained.shape)}"
                 continue
             loaded[name] = fitted
@@ -175,9 +176,17 @@ def _source_name(name: str, modality_modules: Sequence[str], sources: Sequence[i
 
 def _select_blocks(
     pretrained: Tensor, initial: Tensor, axis: int, sources: Sequence[int | None], num_pretrained: int
-) -> Tensor:
-    """Assemble a parameter with one block per modality along an axis, after which there may be what is of none."""
-    size = pretrained.shape[axis] // num_pretrained
+) -> Tensor | None:
+    """Assemble a parameter with one block per modality along an axis, after which there may be what is of none.
+
+    None where the pretrained one has other blocks.
+    """
+    size = pretrained.shape[axis] // num_pretrained if pretrained.ndim == initial.ndim else 0
+    shape = list(pretrained.shape)
+    if size:
+        shape[axis] += size * (len(sources) - num_pretrained)
+    if not size or shape != list(initial.shape):
+        return None
     blocks = list(pretrained.split(size, dim=axis))
     own = list(initial.split(size, dim=axis))
     chosen = [own[index] if source is None else blocks[source] for index, source in enumerate(sources)]
