@@ -199,6 +199,9 @@ class LoadCased(MapTransform):
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
         if path.endswith(".gz"):
             _check_gzip(path)
+        # MONAI puts something else in the place of such an affine, with no more than a warning.
+        if reader == "NibabelReader" and not np.isfinite(nib.load(path).affine).all():  # type: ignore[attr-defined]
+            raise ValueError("its affine is not finite")
         image: MetaTensor = self.loaders[reader](path)
         return image
 
