@@ -148,7 +148,8 @@ def _unused(content: Mapping[str, Any], known: Mapping[str, Any], used: set[str]
 
 
 def _hint(unknown: str, known: Mapping[str, Any], path: Path) -> str:
-    for other in sorted(path.parent.glob("*.yaml")):
+    # train.yaml comes before its overlays, which repeat some of its ids.
+    for other in sorted(path.parent.glob("*.yaml"), reverse=True):
         if other != path and unknown in ConfigParser.load_config_file(str(other)):
             return f"it is an id of {other.name}"
     sections = [f"{name}::{part}" for name, value in known.items() if isinstance(value, dict) for part in value]

@@ -204,7 +204,7 @@ class LoadCased(MapTransform):
         if path.endswith(".gz"):
             _check_gzip(path)
         if reader == "NibabelReader":
-            _check_size(path)
+            _check_header(path)
         image: MetaTensor = self.loaders[reader](path)
         return image
 
@@ -216,13 +216,18 @@ def _check_gzip(path: str) -> None:
             pass
 
 
-def _check_size(path: str) -> None:
-    """Refuse a NIfTI file that cannot hold the voxels its header claims, for which memory would be reserved first."""
+def _check_header(path: str) -> None:
+    """Refuse a NIfTI file that cannot hold the voxels its header claims, for which memory would be reserved first.
+
+    And one without a finite affine, in the place of which MONAI puts something else, with no more than a warning.
+    """
     image: Any = nib.load(path)
     claimed = math.prod(image.shape) * image.get_data_dtype().itemsize
     size = Path(path).stat().st_size
     if claimed > size * (MAX_COMPRESSION if path.endswith(".gz") else 1):
         raise ValueError(f"its header claims voxels of {claimed} bytes, which a file of {size} bytes cannot hold")
+    if not np.isfinite(image.affine).all():
+        raise ValueError("its affine is not finite")
 
 
 def _is_invertible(affine: Tensor) -> bool:

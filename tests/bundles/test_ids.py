@@ -35,7 +35,7 @@ def test_a_misspelt_override_is_refused(bundle: Any, workflow: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("train::dataloadr", "train::dataloader"), ("trackin", "tracking"), ("xyz", "nothing is called")]
+    ("name", "hint"), [("train::dataloadr", "train::dataloader"), ("trackng", "tracking"), ("xyz", "nothing is called")]
 )
 def test_hints(one_bundle: Any, name: str, hint: str):
     with pytest.raises(RuntimeError) as error:
@@ -61,6 +61,7 @@ def test_what_is_meant_is_taken(one_bundle: Any, tmp_path: Path):
         "train",
         "finetune",
         str(tmp_path / "own.yaml"),
+        resume=True,
         tracking="mlflow",
         output_dir=str(tmp_path),
         **nested,
