@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -141,8 +142,8 @@ def while_saving(count: int, action: Callable[[], Any]) -> Fault:
                 save(content, file)
                 file.truncate(file.tell() // 2)
                 action()
-            else:
-                save(content, file)
+                file.seek(0)
+            save(content, file)
 
         torch.save = save_half
 
@@ -230,7 +231,7 @@ FAULTS: dict[str, Callable[[Callable[[], Any]], Fault]] = {
     "end of an epoch": lambda action: at(Events.EPOCH_COMPLETED, 3, action),
     "start of validation": lambda action: at(Events.STARTED, 1, action, engine="validator"),
     "within validation": lambda action: at(Events.ITERATION_COMPLETED, 2, action, engine="validator"),
-    "end of validation": lambda action: at(Events.COMPLETED, 1, action, engine="validator"),
+    "end of validation": lambda action: at(Events.COMPLETED, 2, action, engine="validator"),
     "saving the last": lambda action: while_saving(1, action),
     "saving before validation": lambda action: while_saving(2, action),
     "saving the best": lambda action: while_saving(3, action),
@@ -249,3 +250,99 @@ def test_killed_and_resumed_is_never_interrupted(
     assert run(tmp_path, **settings) == 0
     assert results(tmp_path) == reference(num_workers)
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.previous.pt", "model.pt", "training.csv"}
+
+
+def test_a_signal_is_said_and_what_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
+    assert "1 epochs and 2 iterations. The same command with --resume True goes on" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut off", "overwritten", "empty", "deleted"])
+def test_a_damaged_file_is_replaced_by_the_one_before(
+    reference: Any, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
+):
+    assert run(tmp_path, FAULTS["within an iteration"](terminate)) == -signal.SIGTERM
+    last = tmp_path / "last.pt"
+    content = last.read_bytes()
+    middle = len(content) // 2
+    if damage == "deleted":
+        last.unlink()
+    else:
+        zeros = content[:middle] + bytes(200) + content[middle + 200 :]
+        last.write_bytes({"cut off": content[:middle], "overwritten": zeros, "empty": b""}[damage])
+    assert run(tmp_path, resume=True) == 0
+    assert f"{last} is missing or damaged" in capfd.readouterr().err
+    assert results(tmp_path) == reference(0)
+
+
+class TestFilesThatDoNotFit:
+    def resume(self, folder: Path, **settings: Any) -> None:
+        Training(folder, resume=True, **settings).run()
+
+    def test_none_that_can_be_read(self, tmp_path: Path):
+        for name in ("last.pt", "last.previous.pt"):
+            (tmp_path / name).write_bytes(b"PK")
+        with pytest.raises(RuntimeError, match="cannot be read. Put a copy there, or train anew"):
+            self.resume(tmp_path)
+
+    def test_fewer_epochs(self, tmp_path: Path):
+        assert run(tmp_path) == 0
+        with pytest.raises(ValueError, match="is from epoch 4: epochs must not be 3"):
+            self.resume(tmp_path, epochs=3)
+
+    def test_other_batches_within_an_epoch(self, tmp_path: Path):
+        assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
+        with pytest.raises(ValueError, match="within an epoch of 4 iterations on 1 processes, and this run has 7 on 1"):
+            self.resume(tmp_path, batch_size=1)
+
+    def test_other_batches_between_epochs(self, tmp_path: Path):
+        assert run(tmp_path, epochs=2) == 0
+        training = Training(tmp_path, epochs=3, batch_size=1, resume=True)
+        training.run()
+        assert (training.trainer.state.epoch, training.trainer.state.iteration) == (3, 21)
+
+
+def test_a_full_disk_leaves_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert run(tmp_path, epochs=1) == 0
+    before = results(tmp_path) if (tmp_path / "model.pt").is_file() else (tmp_path / "last.pt").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    training = Training(tmp_path, resume=True)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"Cannot write .*last\.pt: No space left on device. Make room"):
+        training.run()
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_more_epochs_have_the_learning_rate_of_a_new_training():
+    def schedule(epochs: int) -> PolynomialLR:
+        return PolynomialLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), total_iters=epochs, power=0.9)
+
+    done, resumed = schedule(2), schedule(4)
+    for _ in range(2):
+        done.optimizer.step()
+        done.step()
+    resumed.optimizer.load_state_dict(done.optimizer.state_dict())
+    resumed.load_state_dict(done.state_dict())
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**0.9)
+    resumed.optimizer.step()
+    resumed.step()
+    assert resumed.get_last_lr() == [pytest.approx(0.5 * 0.25**0.9)]
+
+
+def test_the_scale_of_gradients_goes_on(tmp_path: Path):
+    def scaled(scale: float) -> Training:
+        training = Training(tmp_path, epochs=1)
+        training.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return training
+
+    first, second = scaled(128.0), scaled(2.0)
+    first.log.rows, first.log._means = [], {}
+    first.trainer.state.epoch = 1
+    first.last._save(first.trainer, 1, 0)
+    second.last.resume = True
+    second.last._start(second.trainer)
+    assert second.trainer.scaler.get_scale() == 128.0

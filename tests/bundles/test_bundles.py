@@ -31,7 +31,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 class TestTraining:
     def test_leaves_checkpoints_and_logs(self, trained: Path):
-        assert {path.name for path in (trained / "models").iterdir()} == {"model.pt", "last.pt"}
+        assert {path.name for path in (trained / "models").iterdir()} == {"model.pt", "last.pt", "last.previous.pt"}
         assert list((trained / "tensorboard").glob("events*"))
 
     def test_weights_are_a_bare_state_dict_of_tensors(self, trained: Path):

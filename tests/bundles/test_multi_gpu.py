@@ -98,7 +98,11 @@ def test_uneven_cohorts_resume_and_files(one_bundle: Any, tmp_path: Path):
     run_processes(one_bundle, cwd=tmp_path, epochs=1, **settings)
     run_processes(one_bundle, cwd=tmp_path, epochs=2, resume=True, **settings)
     assert [row["epoch"] for row in read_log(tmp_path / "out")] == ["1", "2"]
-    assert {path.name for path in (tmp_path / "out" / "models").iterdir()} == {"model.pt", "last.pt"}
+    assert {path.name for path in (tmp_path / "out" / "models").iterdir()} == {
+        "model.pt",
+        "last.pt",
+        "last.previous.pt",
+    }
     # One file of events of the trainer and one of the validation in each of the two runs.
     assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 4
     one_bundle.succeed("evaluate", output_dir=tmp_path / "out")
