@@ -12,15 +12,16 @@ from ignite.engine import Engine
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
 from passion_monai.evaluation.metrics import (
     EMPTY_DISTANCE,
     CombinationDiceMetric,
     CombinationScores,
     dice,
-    hausdorff95,
     region_masks,
     score_case,
+    surface_distances,
 )
 from passion_monai.evaluation.tables import SCORE_COLUMNS, read_scores
 from passion_monai.presence import combination_name, combinations
@@ -41,10 +42,13 @@ def surface(points: set[tuple[int, ...]]) -> np.ndarray:
     return np.array([p for p in sorted(points) if any(tuple(np.add(p, step).tolist()) not in points for step in steps)])
 
 
-def brute_force_hausdorff95(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> float:
+def brute_force_distances(
+    prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]
+) -> tuple[float, float]:
     surfaces = [surface({tuple(p) for p in m.nonzero().tolist()}) * spacing for m in (prediction, label)]
     distances = np.linalg.norm(surfaces[0][:, None] - surfaces[1][None], axis=-1)
-    return float(max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1)))
+    nearest = [distances.min(axis=axis) for axis in (0, 1)]
+    return max(float(np.percentile(one_way, 95)) for one_way in nearest), float(np.concatenate(nearest).mean())
 
 
 def test_region_masks_are_unions_of_classes() -> None:
@@ -76,15 +80,27 @@ def test_dice(prediction: list[int], label: list[int], expected: float) -> None:
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 1.25, 3.0)])
 @pytest.mark.parametrize("seed", range(4))
-def test_hausdorff95_is_the_slow_one(seed: int, spacing: tuple[float, ...]) -> None:
+def test_surface_distances_are_the_slow_ones(seed: int, spacing: tuple[float, ...]) -> None:
     generator = torch.Generator().manual_seed(seed)
     masks = torch.zeros(2, 9, 8, 7, dtype=torch.bool)
     masks[0, 1:6, 2:7, 1:5] = True
     masks[1, 2:9, 0:5, 2:7] = True  # touches the border of the image
     masks &= torch.rand(masks.shape, generator=generator) < 0.9
-    expected = brute_force_hausdorff95(masks[0], masks[1], spacing)
-    assert hausdorff95(masks[0], masks[1], spacing) == pytest.approx(expected, rel=1e-6)
-    assert hausdorff95(masks[1], masks[0], spacing) == pytest.approx(expected, rel=1e-6)
+    expected = brute_force_distances(masks[0], masks[1], spacing)
+    assert surface_distances(masks[0], masks[1], spacing) == pytest.approx(expected, rel=1e-6)
+    assert surface_distances(masks[1], masks[0], spacing) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+def test_surface_distances_are_those_of_monai() -> None:
+    masks = torch.rand(2, 12, 9, 10, generator=torch.Generator().manual_seed(0)) < 0.05
+    settings = {"include_background": True, "spacing": [0.5, 1.25, 3.0]}
+    pair = [mask[None, None] for mask in masks]
+    expected = (
+        compute_hausdorff_distance(*pair, percentile=95, **settings).item(),
+        compute_average_surface_distance(*pair, symmetric=True, **settings).item(),
+    )
+    assert surface_distances(*masks, settings["spacing"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
@@ -92,22 +108,24 @@ def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
     label[:10, :4] = True  # 24 voxels on the surface
     prediction = label.clone()
     prediction[39, 11] = True
-    assert hausdorff95(prediction, label, (1.0, 1.0)) == 0.0
+    distances = surface_distances(prediction, label, (1.0, 1.0))
+    assert distances.hausdorff95 == 0.0
+    assert distances.average == pytest.approx(math.hypot(30, 8) / 49)  # 24 + 24 voxels that agree, and one that does not
     prediction[30, 11] = True
     prediction[35, 11] = True
-    assert hausdorff95(prediction, label, (1.0, 1.0)) > 20
+    assert surface_distances(prediction, label, (1.0, 1.0)).hausdorff95 > 20
 
 
-def test_hausdorff95_of_two_voxels_in_2d_uses_the_spacing() -> None:
-    distance = hausdorff95(mask((6, 6), (1, 1)), mask((6, 6), (3, 4)), (2.0, 1.0))
-    assert distance == pytest.approx(5.0)
+def test_surface_distances_of_two_voxels_in_2d_use_the_spacing() -> None:
+    distances = surface_distances(mask((6, 6), (1, 1)), mask((6, 6), (3, 4)), (2.0, 1.0))
+    assert distances == pytest.approx((5.0, 5.0))
 
 
-def test_hausdorff95_of_empty_masks() -> None:
+def test_surface_distances_of_empty_masks() -> None:
     empty, filled = mask((3, 3, 3)), mask((3, 3, 3), (1, 1, 1))
-    assert hausdorff95(empty, empty, (1, 1, 1)) == 0.0
-    assert math.isnan(hausdorff95(empty, filled, (1, 1, 1)))
-    assert math.isnan(hausdorff95(filled, empty, (1, 1, 1)))
+    assert surface_distances(empty, empty, (1, 1, 1)) == (0.0, 0.0)
+    for pair in ((empty, filled), (filled, empty)):
+        assert [math.isnan(distance) for distance in surface_distances(*pair, (1, 1, 1))] == [True, True]
 
 
 def test_masks_must_be_boolean_and_of_one_shape() -> None:
@@ -116,7 +134,7 @@ def test_masks_must_be_boolean_and_of_one_shape() -> None:
     with pytest.raises(ValueError, match=r"one shape, got \(3,\) and \(4,\)"):
         dice(mask((3,)), mask((4,)))
     with pytest.raises(ValueError, match=r"spacing must have one entry for each of 2 axes, got \[1\.0\]"):
-        hausdorff95(mask((3, 3)), mask((3, 3)), [1.0])
+        surface_distances(mask((3, 3)), mask((3, 3)), [1.0])
 
 
 def test_score_case_rows() -> None:
@@ -137,7 +155,8 @@ def test_score_case_rows() -> None:
     assert [row["dice"] for row in rows] == [1, 1, 1, 0]
     assert [row["hd95_brats"] for row in rows] == [0, 0, 0, 373.13]
     assert [row["hd95_released"] for row in rows] == [0, 0, 0, 1.0]
-    assert [math.isnan(row["hd95_mm"]) for row in rows] == [False, False, False, True]
+    for column in ("hd95_mm", "assd_mm"):
+        assert [math.isnan(row[column]) for row in rows] == [False, False, False, True]
     assert [row["prediction_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0.27])
     assert [row["label_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0])
 
