@@ -49,7 +49,7 @@ class ScoreFiles:
         names = {**record["settings"], **self.settings}
         changed = [name for name in names if record["settings"].get(name) != self.settings.get(name)]
         if changed:
-            logger.warning(f"The scores in {self.folder} are made anew: of the settings {changed} have changed.")
+            logger.warning(f"The scores in {self.folder} are made anew: the settings {changed} are not what they were.")
         return [] if changed else list(record["cases"])
 
     def start(self, keep: Collection[str] = ()) -> None:
