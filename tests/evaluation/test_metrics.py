@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
@@ -25,6 +31,7 @@ from passion_monai.evaluation.metrics import (
 )
 from passion_monai.evaluation.tables import SCORE_COLUMNS, read_scores
 from passion_monai.presence import combination_name, combinations
+from passion_monai.transforms import FULL_CONFIDENCE
 
 REGIONS = {"all": (1, 2), "core": (2,)}
 
@@ -110,7 +117,9 @@ def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
     prediction[39, 11] = True
     distances = surface_distances(prediction, label, (1.0, 1.0))
     assert distances.hausdorff95 == 0.0
-    assert distances.average == pytest.approx(math.hypot(30, 8) / 49)  # 24 + 24 voxels that agree, and one that does not
+    assert distances.average == pytest.approx(
+        math.hypot(30, 8) / 49
+    )  # 24 + 24 voxels that agree, and one that does not
     prediction[30, 11] = True
     prediction[35, 11] = True
     assert surface_distances(prediction, label, (1.0, 1.0)).hausdorff95 > 20
@@ -259,9 +268,15 @@ def make_items(*presence: tuple[bool, bool]) -> list[dict[str, Any]]:
 
 
 def make_evaluator(
-    items: list[dict[str, Any]], output_dir: Path, *, num_workers: int = 0, **arguments: Any
+    items: list[dict[str, Any]],
+    output_dir: Path,
+    *,
+    num_workers: int = 0,
+    scores: CombinationScores | None = None,
+    **arguments: Any,
 ) -> SupervisedEvaluator:
-    scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers)
+    if scores is None:
+        scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers)
     return SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(Dataset(items), batch_size=2, num_workers=0),
@@ -297,11 +312,20 @@ def test_combination_scores_starts_anew_with_each_run(tmp_path: Path) -> None:
 
 def test_combination_scores_are_the_same_from_other_processes(tmp_path: Path) -> None:
     items = make_items((True, True), (False, True), (True, False), (True, True), (True, True))
-    make_evaluator(items, tmp_path / "here").run()
-    evaluator = make_evaluator(items, tmp_path / "workers", num_workers=1)
+    for number, item in enumerate(items):
+        item["confidence"] = torch.full((3, 5, 6, 7), 30_000 + number, dtype=torch.int16)
+
+    def evaluator_of(folder: Path, num_workers: int) -> SupervisedEvaluator:
+        scores = CombinationScores(
+            folder, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers, calibration=True
+        )
+        return make_evaluator(items, folder, scores=scores)
+
+    evaluator_of(tmp_path / "here", 0).run()
+    evaluator = evaluator_of(tmp_path / "workers", 1)
     for _ in range(2):  # a second run starts workers anew
         evaluator.run()
-        for file in ("scores.csv", "table.md"):
+        for file in ("scores.csv", "calibration.csv", "scores.json", "table.md"):
             assert (tmp_path / "workers" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
 
 
@@ -321,15 +345,17 @@ def test_combination_scores_keeps_the_cases_before_an_error(tmp_path: Path, num_
     [
         ({"presence": None}, r"Case c: \['presence'\] is missing"),
         ({"label": None}, r"Case c: \['label'\] is missing"),
+        ({"confidence": None}, r"Case c: \['confidence'\] is missing"),
         ({"pred": torch.zeros(1, 4, 4)}, r"Case c: pred must be \[3, \.\.\.\], .* got \(1, 4, 4\)"),
         ({"label": torch.zeros(2, 4, 4)}, r"Case c: pred must be .* and \(2, 4, 4\)"),
         ({}, r"Case c: neither pred nor label is a MetaTensor"),
     ],
 )
 def test_combination_scores_names_case_and_fault(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    item = {"case": "c", "presence": [True, True], "pred": torch.zeros(3, 4, 4), "label": torch.zeros(1, 4, 4)} | change
+    maps = {"pred": torch.zeros(3, 4, 4), "confidence": torch.ones(3, 4, 4), "label": torch.zeros(1, 4, 4)}
+    item = {"case": "c", "presence": [True, True]} | maps | change
     engine = Engine(lambda _, batch: batch)
-    CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS).attach(engine)
+    CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, calibration=True).attach(engine)
     with pytest.raises(ValueError, match=message):
         engine.run([[item]])
 
@@ -360,3 +386,81 @@ def test_combination_scores_refuses_several_processes(tmp_path: Path, monkeypatc
 def test_combination_scores_names_combinations_in_order(tmp_path: Path) -> None:
     handler = CombinationScores(tmp_path, modalities=("p", "q", "r"), regions=REGIONS)
     assert handler.names == [combination_name(row, ("p", "q", "r")) for row in combinations(3)]
+
+
+def test_combination_scores_writes_calibration_of_the_combinations_that_there_are(tmp_path: Path) -> None:
+    items = make_items((True, True), (False, True))
+    for item in items:
+        item["confidence"] = torch.full((3, 5, 6, 7), FULL_CONFIDENCE, dtype=torch.int16)
+        item["confidence"][:, 2:] = 0  # half of the object was not seen
+    scores = CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, calibration=True)
+    make_evaluator(items, tmp_path, scores=scores).run()
+    table = pd.read_csv(tmp_path / "calibration.csv")
+    assert list(table) == ["case", "combination", "ece"]
+    assert table["combination"].tolist() == ["x", "y", "x+y", "y"]
+    wrong = 4 / (2 * 6 * 7)  # the map of y is empty
+    assert table["ece"].tolist() == pytest.approx([0, wrong, 0, wrong])
+
+
+def test_remaining_are_the_cases_that_were_not_scored_with_the_same_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = make_items((True, True), (False, True), (True, True))
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"first")
+
+    def run(cases: list[dict[str, Any]], **settings: Any) -> list[str]:
+        scores = CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, weights=weights, settings=settings)
+        remaining = scores.remaining(cases)
+        if remaining:
+            make_evaluator([dict(case) for case in remaining], tmp_path, scores=scores).run()
+        return [case["case"] for case in remaining]
+
+    assert run(items[:2]) == ["000", "001"]
+    with caplog.at_level(logging.INFO):
+        assert run(items) == ["002"]
+    assert "2 of 3 cases were scored before, with the same weights and settings" in caplog.text
+    assert read_scores(tmp_path / "scores.csv")["case"].unique().tolist() == ["000", "001", "002"]
+    (tmp_path / "table.md").unlink()
+    assert run(items) == []
+    assert "3 cases." in (tmp_path / "table.md").read_text(encoding="utf-8")
+    weights.write_bytes(b"second")
+    assert run(items) == ["000", "001", "002"]
+    assert "['weights_sha256'] are not what they were" in caplog.text
+    assert run(items, section="validation") == ["000", "001", "002"]
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*model\.pt"):
+        run(items)
+
+
+def evaluate_some(output_dir: Path, *, sleep_at: int | None = None) -> None:
+    """Evaluate five cases, those that are not done yet; at one of them it may sleep for a very long time."""
+    items = make_items(*[(True, True)] * 5)
+    scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS)
+    evaluator = make_evaluator([dict(item) for item in scores.remaining(items)], output_dir, scores=scores)
+    evaluator.add_event_handler(
+        Events.ITERATION_STARTED, lambda engine: time.sleep(600) if engine.state.iteration == sleep_at else None
+    )
+    evaluator.run()
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
+    evaluate_some(tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, __file__, str(tmp_path / "killed")])
+    record = tmp_path / "killed" / "scores.json"
+    deadline = time.monotonic() + 300
+    while not record.is_file() or len(json.loads(record.read_text(encoding="utf-8"))["cases"]) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "table.md").exists()
+    evaluate_some(tmp_path / "killed")
+    for name in ("scores.csv", "scores.json", "table.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+if __name__ == "__main__":
+    evaluate_some(Path(sys.argv[1]), sleep_at=2)
