@@ -1,6 +1,7 @@
 """Sliding-window prediction of one volume: `python -m benchmarks.inference --backbone rfnet --present 2`.
 
-With `--combinations`, of every combination of the present modalities from one encoding, as in evaluation.
+With `--combinations`, of every combination of the present modalities from one encoding, as in evaluation; with
+`--separate`, of the same combinations, each in a pass of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks.measure import NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
 from passion_monai.inferers import CombinationInferer, PresenceInferer
+from passion_monai.presence import combinations
 
 
 def prediction(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -29,10 +31,15 @@ def prediction(arguments: argparse.Namespace) -> Callable[[], None]:
         inferer = PresenceInferer(**settings)
     image = torch.randn(1, NUM_MODALITIES, *arguments.volume, device=arguments.device)
     presence = presence_of(arguments)
+    passes = [presence]
+    if arguments.separate:
+        rows = torch.from_numpy(combinations(NUM_MODALITIES))
+        passes = [row[None] for row in rows if not (row & ~presence[0]).any()]
 
     @torch.no_grad()
     def predict() -> None:
-        inferer(image, network, presence)
+        for row in passes:
+            inferer(image, network, row)
 
     return predict
 
@@ -43,7 +50,9 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--volume", type=int, nargs=3, default=(160, 192, 144), help="size in voxels")
     parser.add_argument("--window_batch_size", type=int, default=1)
-    parser.add_argument("--combinations", action="store_true", help="predict all of them")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--combinations", action="store_true", help="predict all of them from one encoding")
+    which.add_argument("--separate", action="store_true", help="predict all of them, one after the other")
     arguments = parser.parse_args()
     report(arguments, measure(prediction(arguments), arguments.repeats, warm_up=False))
 

@@ -35,19 +35,25 @@ from torch import Tensor
 from passion_monai.files import complete_file
 
 __all__ = [
+    "FULL_CONFIDENCE",
     "AlignModalitiesd",
     "CropToForegroundd",
     "LabelsToClassesd",
     "LoadCased",
     "MaskModalitiesd",
     "RandMaskModalitiesd",
+    "ReplaceSmallClassesd",
     "RestoreClassesd",
     "SaveSegmentationd",
     "SelectSliced",
     "StackModalitiesd",
 ]
 
+FULL_CONFIDENCE = 32767
+"""The int16 that stands for a confidence of 1. A byte would be off by 0.002, as much as a calibration error may be."""
+
 Data = Mapping[Hashable, Any]
+_ON_GRID = 0.5  # of a voxel's interpolation weights lie on the network's grid: its centre does
 
 _CHUNK = 2**20  # bytes
 _SHOWN = 8  # of the values that a message lists
@@ -448,15 +454,25 @@ class RestoreClassesd(MapTransform):
         keys: key of the probabilities, [K, ...] or [P, K, ...] for P combinations, on the grid of `image_key`.
         image_key: the image that they were computed from.
         label_key: where the case has it, the maps get the label's grid; otherwise the original grid of the image.
+        confidence_key: where to put the probability of the most likely class, if it is wanted.
 
     Shape:
         - Output: int16 [1, ...] or [P, ...]; -1 everywhere for a combination whose probabilities are NaN.
+        - Confidence: int16, the same; from 1 to `FULL_CONFIDENCE`, and 0 for what the network did not see.
     """
 
-    def __init__(self, keys: str = "pred", *, image_key: str = "image", label_key: str = "label") -> None:
+    def __init__(
+        self,
+        keys: str = "pred",
+        *,
+        image_key: str = "image",
+        label_key: str = "label",
+        confidence_key: str | None = None,
+    ) -> None:
         super().__init__(keys)
         self.image_key = image_key
         self.label_key = label_key
+        self.confidence_key = confidence_key
         self.resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
@@ -470,16 +486,74 @@ class RestoreClassesd(MapTransform):
         shape = tuple(int(size) for size in shape)
         for key in self.key_iterator(restored):
             single = data[key].ndim == image.ndim
-            maps = [self._restore(p, image.affine, affine, shape) for p in (data[key][None] if single else data[key])]
+            pairs = [self._restore(p, image.affine, affine, shape) for p in (data[key][None] if single else data[key])]
+            maps, confidences = zip(*pairs, strict=True)
             restored[key] = MetaTensor(torch.stack(maps), affine=affine)
+            if self.confidence_key is not None:
+                restored[self.confidence_key] = torch.stack(confidences)
         return restored
 
-    def _restore(self, probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:
+    def _restore(
+        self, probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Class map and, if it is wanted, confidence."""
         plain = _plain(probabilities).cpu()
         if bool(plain.isnan().all()):
-            return torch.full(tuple(shape), -1, dtype=torch.int16)
-        moved = self.resample(MetaTensor(plain, affine=source.cpu()), dst_affine=affine.cpu(), spatial_size=shape)
-        return _plain(moved).argmax(dim=0).to(torch.int16)
+            absent = torch.full(tuple(shape), -1, dtype=torch.int16)
+            return absent, torch.zeros_like(absent)
+        resampled = self.resample(MetaTensor(plain, affine=source.cpu()), dst_affine=affine.cpu(), spatial_size=shape)
+        moved = _plain(resampled)
+        return moved.argmax(dim=0).to(torch.int16), None if self.confidence_key is None else _confidence(moved)
+
+
+def _confidence(probabilities: Tensor) -> Tensor:
+    """The highest of K probabilities [K, ...] that were resampled with zeros around them, as int16."""
+    total = probabilities.sum(dim=0)
+    levels = (probabilities.amax(dim=0) / total * FULL_CONFIDENCE).round().clamp(1, FULL_CONFIDENCE)
+    return levels.where(total > _ON_GRID, 0).to(torch.int16)
+
+
+class ReplaceSmallClassesd(MapTransform):
+    """Let a class of which too few voxels are predicted in a class map be another class.
+
+    A habit of challenges where an empty region of the label counts for much: the BraTS challenge scored a single voxel
+    of enhancing tumour in a patient without any as wholly wrong. It is no part of PASSION.
+
+    Args:
+        keys: key of the class maps, [P, ...]; each is taken by itself.
+        minimum_voxels: for each class that this is done to, in this order, the least number of voxels that stays.
+        replacement: for each of them the class that fewer voxels become.
+
+    Raises:
+        ValueError: when the two are not of the same classes, or a class is to be replaced by itself.
+    """
+
+    def __init__(
+        self, keys: str = "pred", *, minimum_voxels: Mapping[int, int], replacement: Mapping[int, int]
+    ) -> None:
+        super().__init__(keys)
+        # Read from JSON, the classes are texts.
+        self.minimum_voxels = {int(index): int(number) for index, number in minimum_voxels.items()}
+        self.replacement = {int(index): int(other) for index, other in replacement.items()}
+        if set(self.minimum_voxels) != set(self.replacement) or any(k == v for k, v in self.replacement.items()):
+            raise ValueError(
+                "minimum_voxels and replacement must be of the same classes, and none be replaced by itself, got "
+                f"{self.minimum_voxels} and {self.replacement}."
+            )
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        replaced = dict(data)
+        for key in self.key_iterator(replaced):
+            replaced[key] = data[key].clone()
+            for classes in _plain(replaced[key]):
+                self._replace(classes)
+        return replaced
+
+    def _replace(self, classes: Tensor) -> None:
+        for index, number in self.minimum_voxels.items():
+            mask = classes == index
+            if int(mask.count_nonzero()) < number:
+                classes[mask] = self.replacement[index]
 
 
 class SaveSegmentationd(MapTransform):

@@ -13,12 +13,14 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, NormalizeIntensityd, Orientationd, RandRotated, Spacingd, SpatialPadd
 
 from passion_monai.transforms import (
+    FULL_CONFIDENCE,
     AlignModalitiesd,
     CropToForegroundd,
     LabelsToClassesd,
     LoadCased,
     MaskModalitiesd,
     RandMaskModalitiesd,
+    ReplaceSmallClassesd,
     RestoreClassesd,
     SaveSegmentationd,
     SelectSliced,
@@ -233,6 +235,61 @@ class TestRestoreClassesd:
         result = RestoreClassesd()(data | {"pred": probabilities})["pred"]
         assert result[0].unique().tolist() == [-1]
         assert result[1].unique().tolist() == [0]
+
+    def test_confidence_is_that_of_the_most_likely_class(self, make_case: MakeCase):
+        data = pipeline()(make_case())
+        probabilities = torch.rand(3, 3, *data["image"].shape[1:], generator=torch.Generator().manual_seed(0))
+        probabilities /= probabilities.sum(dim=1, keepdim=True)
+        probabilities[2] = torch.nan
+        result = RestoreClassesd(confidence_key="confidence")(data | {"pred": probabilities})
+        confidence = result["confidence"]
+        assert confidence.dtype == torch.int16
+        assert confidence.shape == (3, 12, 14, 10)
+        assert not confidence[2].any()
+        # What was cropped away was not seen. (The file's first two axes point the other way.)
+        inside = confidence[:2, 2:-1, 3:-3, 1:-2]
+        assert int(confidence.count_nonzero()) == int(inside.count_nonzero()) == inside.numel()
+        expected = probabilities[:2].amax(dim=1).flip(1, 2)
+        torch.testing.assert_close(inside / FULL_CONFIDENCE, expected, rtol=0, atol=1e-4)
+        plain = RestoreClassesd()(data | {"pred": probabilities})
+        assert "confidence" not in plain
+        assert torch.equal(plain["pred"].as_tensor(), result["pred"].as_tensor())
+
+    def test_confidence_on_another_grid_is_one_where_the_network_was_sure(self, make_case: MakeCase):
+        data = pipeline(2.0)(make_case(shape=(24, 24, 24)))
+        probabilities = torch.zeros(3, *data["image"].shape[1:])
+        probabilities[1] = 1
+        confidence = RestoreClassesd(confidence_key="c")(data | {"pred": probabilities})["c"]
+        assert confidence.unique().tolist() == [0, FULL_CONFIDENCE]
+        # Half a voxel of 2 mm beyond its outermost centres, fewer at the corners.
+        assert 0.8 < float(confidence.count_nonzero()) / (21 * 18 * 21) < 1
+
+
+class TestReplaceSmallClassesd:
+    def maps(self) -> MetaTensor:
+        """Two maps, of three voxels of class 2 and of one; in a third no voxel is of any class."""
+        maps = torch.tensor([[0, 1, 2, 2, 2], [0, 1, 1, 1, 2], [-1] * 5], dtype=torch.int16)
+        return MetaTensor(maps, affine=torch.eye(4))
+
+    def test_each_map_is_taken_by_itself(self):
+        data = {"pred": self.maps()}
+        result = ReplaceSmallClassesd(minimum_voxels={2: 3}, replacement={2: 1})(data)["pred"]
+        assert result.tolist() == [[0, 1, 2, 2, 2], [0, 1, 1, 1, 1], [-1] * 5]
+        assert result.dtype == torch.int16
+        assert torch.equal(data["pred"], self.maps())
+
+    def test_in_the_order_given_and_from_json(self):
+        rule = ReplaceSmallClassesd(minimum_voxels={"2": 4, "1": 5}, replacement={"2": 1, "1": 0})  # type: ignore[dict-item]
+        assert rule({"pred": self.maps()})["pred"].tolist() == [[0] * 5, [0] * 5, [-1] * 5]
+
+    def test_without_a_class_nothing_changes(self):
+        data = {"pred": self.maps()}
+        assert torch.equal(ReplaceSmallClassesd(minimum_voxels={}, replacement={})(data)["pred"], data["pred"])
+
+    @pytest.mark.parametrize(("minimum", "replacement"), [({1: 5}, {}), ({1: 5}, {2: 1}), ({1: 5}, {1: 1})])
+    def test_refuses_rules_that_do_not_fit(self, minimum: dict[int, int], replacement: dict[int, int]):
+        with pytest.raises(ValueError, match="must be of the same classes, and none be replaced by itself, got"):
+            ReplaceSmallClassesd(minimum_voxels=minimum, replacement=replacement)
 
 
 class TestSaveSegmentationd:

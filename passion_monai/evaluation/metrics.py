@@ -1,4 +1,4 @@
-"""Scores per subject volume: Dice and the 95th percentile of the Hausdorff distance for every modality combination.
+"""Scores per subject volume: Dice and surface distances for every modality combination, and calibration.
 
 :mod:`passion_monai.evaluation.tables` says what a row of scores holds and how empty masks count.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import math
 import multiprocessing
 import warnings
@@ -13,20 +15,23 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import numpy as np
-import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
-from monai.metrics import CumulativeIterationMetric, compute_hausdorff_distance
+from monai.metrics import CumulativeIterationMetric
+from monai.metrics.utils import get_edge_surface_distance
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
+from passion_monai import __version__
+from passion_monai.evaluation.calibration import expected_calibration_error
+from passion_monai.evaluation.score_files import ScoreFiles
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
 from passion_monai.presence import combination_name, combinations
 
@@ -34,16 +39,21 @@ __all__ = [
     "EMPTY_DISTANCE",
     "CombinationDiceMetric",
     "CombinationScores",
+    "SurfaceDistances",
     "dice",
-    "hausdorff95",
     "region_masks",
     "score_case",
+    "surface_distances",
 ]
 
+logger = logging.getLogger(__name__)
 _ML_PER_MM3 = 1e-3
 _NOT_AVAILABLE = -1  # class map of a combination that a case does not have the modalities for
-_PERCENTILE = 95
+_QUANTILE = 0.95
 _PENDING_PER_WORKER = 2  # cases that wait in memory for a worker
+_SCORES, _CALIBRATION = "scores.csv", "calibration.csv"
+_CALIBRATION_COLUMNS = ("case", "combination", "ece")
+Row = dict[str, Any]
 
 
 def region_masks(classes: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
@@ -80,8 +90,19 @@ def dice(prediction: Tensor, label: Tensor) -> float:
     return 2 * int((prediction & label).count_nonzero()) / total if total else 1.0
 
 
-def hausdorff95(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> float:
-    """The larger of the two 95th percentiles of the distances from one mask's surface to the other's.
+class SurfaceDistances(NamedTuple):
+    """Of two masks, in mm: the 95th percentile of the Hausdorff distance, and the average symmetric surface distance.
+
+    The first is the larger of the two 95th percentiles of the distances from one mask's surface to the other's, the
+    second the mean of all these distances, of both directions together.
+    """
+
+    hausdorff95: float
+    average: float
+
+
+def surface_distances(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> SurfaceDistances:
+    """Distances between the surfaces of two masks.
 
     Args:
         prediction: mask [H, W(, D)].
@@ -89,7 +110,7 @@ def hausdorff95(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> 
         spacing: size of a voxel along each axis, in mm.
 
     Returns:
-        Distance in mm; 0 where both masks are empty, NaN where exactly one is.
+        Distances in mm; 0 where both masks are empty, NaN where exactly one is.
 
     Raises:
         TypeError: when a mask is not boolean.
@@ -99,20 +120,16 @@ def hausdorff95(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> 
     if len(spacing) != label.ndim:
         raise ValueError(f"spacing must have one entry for each of {label.ndim} axes, got {list(spacing)}.")
     if not prediction.any() or not label.any():
-        return math.nan if prediction.any() or label.any() else 0.0
+        undefined = math.nan if prediction.any() or label.any() else 0.0
+        return SurfaceDistances(undefined, undefined)
     # Nothing outside the masks matters; MONAI crops too, but after it has copied the full volumes several times.
     box = tuple(map(slice, *generate_spatial_bounding_box((prediction | label)[None])))
     with warnings.catch_warnings():
         # MONAI 1.6 warns of an argument that it passes itself.
         warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-        distance = compute_hausdorff_distance(
-            prediction[box][None, None],
-            label[box][None, None],
-            include_background=True,
-            percentile=_PERCENTILE,
-            spacing=list(spacing),
-        )
-    return float(distance)
+        _, distances, _ = get_edge_surface_distance(prediction[box], label[box], spacing=list(spacing), symmetric=True)
+    hausdorff95 = max(float(one_way.quantile(_QUANTILE)) for one_way in distances)
+    return SurfaceDistances(hausdorff95, float(torch.cat(distances).mean()))
 
 
 def score_case(
@@ -224,16 +241,21 @@ class CombinationScores:
     both on the file's grid, which gives the spacing; ``case`` and ``presence`` bool [M] in the batch. Combinations of
     modalities that a case does not have are left out.
 
-    A run writes ``scores.csv`` anew, case by case, so that an interrupted one leaves what it has computed, and
-    ``table.md`` in the end.
+    A run writes ``scores.csv`` anew, case by case, and ``table.md`` in the end. To go on with an interrupted one, give
+    the evaluator the :meth:`remaining` cases only.
 
     Args:
-        output_dir: folder for the two files; it is made.
+        output_dir: folder for the files; it is made.
         modalities: names of the M modalities.
         regions: class indices of each region by its name.
         num_workers: processes that compute scores while the network predicts the next case; with 0 it waits for them.
+        calibration: write ``calibration.csv`` too, the expected calibration error of each case and combination, from
+            ``confidence`` int16 [P, H, W(, D)] as :class:`passion_monai.transforms.RestoreClassesd` gives it.
+        weights: checkpoint that is evaluated. Scores of another one are not gone on with.
+        settings: whatever else the scores depend on, likewise.
 
     Raises:
+        FileNotFoundError: when there are no such weights.
         RuntimeError: on attaching it in one of several processes, which would write to the same file.
         ValueError: during the run, when an item lacks something or does not fit.
     """
@@ -245,20 +267,50 @@ class CombinationScores:
         modalities: Sequence[str],
         regions: Mapping[str, Sequence[int]],
         num_workers: int = 0,
+        calibration: bool = False,
+        weights: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.modalities = tuple(modalities)
         self.regions = dict(regions)
         self.num_workers = num_workers
-        self._pool: ProcessPoolExecutor | None = None
-        self._pending: deque[Future[list[dict[str, Any]]]] = deque()
+        self.calibration = calibration
         self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
         self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
+        columns = {_SCORES: SCORE_COLUMNS} | ({_CALIBRATION: _CALIBRATION_COLUMNS} if calibration else {})
+        made_with = {
+            "version": __version__,
+            "weights_sha256": None if weights is None else _sha256(Path(weights)),
+            "modalities": self.modalities,
+            "regions": self.regions,
+            **(settings or {}),
+        }
+        self.files = ScoreFiles(self.output_dir, columns=columns, settings=made_with)
+        self._kept: set[str] = set()
+        self._pool: ProcessPoolExecutor | None = None
+        self._pending: deque[tuple[str, Future[list[Row]], list[Row]]] = deque()
 
-    @property
-    def scores_path(self) -> Path:
-        """The file of scores."""
-        return self.output_dir / "scores.csv"
+    def remaining(self, cases: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+        """Those of the cases to evaluate that an earlier run with the same weights and settings has not scored.
+
+        The scores of the others are kept, and the table is written if they are all, since an evaluator without a case
+        does not run.
+
+        Args:
+            cases: dictionaries with the name as ``case``.
+        """
+        self._kept = {case["case"] for case in cases}.intersection(self.files.complete_cases())
+        remaining = [case for case in cases if case["case"] not in self._kept]
+        if self._kept:
+            logger.info(
+                f"{len(self._kept)} of {len(cases)} cases were scored before, with the same weights and settings; "
+                f"delete {self.output_dir} to score them again."
+            )
+            self.files.start(self._kept)
+        if not remaining:
+            self._write_table()
+        return remaining
 
     def attach(self, engine: Engine) -> None:
         """Listen to an evaluator."""
@@ -270,8 +322,7 @@ class CombinationScores:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._stop)
 
     def _start(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(columns=list(SCORE_COLUMNS)).to_csv(self.scores_path, index=False)
+        self.files.start(self._kept)
         if self.num_workers:
             # A forked copy of a process that computes with several threads may hang.
             context = multiprocessing.get_context("spawn")
@@ -281,28 +332,50 @@ class CombinationScores:
         if not isinstance(engine.state.output, list) or not isinstance(engine.state.batch, list):
             raise ValueError("CombinationScores needs an evaluator with decollate=True: lists of one dict per case.")
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            predictions, label, settings = self._checked({**item, **output})
-            if self._pool is None:
-                self._write(score_case(predictions, label, **settings))
-            else:
-                # As arrays: sharing memory between processes, as torch's tensors do, may run out of file handles.
-                self._pending.append(self._pool.submit(_score_arrays, predictions.numpy(), label.numpy(), settings))
+            self._score_item({**item, **output})
         self._write_pending(_PENDING_PER_WORKER * self.num_workers)
+
+    def _score_item(self, item: Mapping[str, Any]) -> None:
+        predictions, label, settings = self._checked(item)
+        # Here, since confidences are as large as the class maps: they need not wait for a worker.
+        calibration = self._calibration_rows(item, predictions, label, settings["names"]) if self.calibration else []
+        if self._pool is None:
+            self._write(settings["case"], score_case(predictions, label, **settings), calibration)
+        else:
+            # As arrays: sharing memory between processes, as torch's tensors do, may run out of file handles.
+            future = self._pool.submit(_score_arrays, predictions.numpy(), label.numpy(), settings)
+            self._pending.append((settings["case"], future, calibration))
+
+    def _calibration_rows(
+        self, item: Mapping[str, Any], predictions: Tensor, label: Tensor, names: Sequence[str]
+    ) -> list[Row]:
+        confidences = item["confidence"][self._available(item)]
+        errors = [
+            expected_calibration_error(confidence, prediction == label)
+            for confidence, prediction in zip(confidences, predictions, strict=True)
+        ]
+        return [
+            {"case": item["case"], "combination": name, "ece": error} for name, error in zip(names, errors, strict=True)
+        ]
 
     def _write_pending(self, keep: int) -> None:
         """Write finished cases in their order, and wait until no more than `keep` are pending."""
-        while self._pending and (len(self._pending) > keep or self._pending[0].done()):
-            self._write(self._pending.popleft().result())
+        while self._pending and (len(self._pending) > keep or self._pending[0][1].done()):
+            case, future, calibration = self._pending.popleft()
+            self._write(case, future.result(), calibration)
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        pd.DataFrame(rows).to_csv(self.scores_path, mode="a", header=False, index=False)
+    def _write(self, case: str, scores: list[Row], calibration: list[Row]) -> None:
+        self.files.append(case, {_SCORES: scores, _CALIBRATION: calibration})
 
     def _finish(self) -> None:
         try:
             self._write_pending(keep=0)
         finally:
             self._shut_down()
-        table = report(read_scores(self.scores_path), modalities=self.modalities, regions=self.regions)
+        self._write_table()
+
+    def _write_table(self) -> None:
+        table = report(read_scores(self.output_dir / _SCORES), modalities=self.modalities, regions=self.regions)
         (self.output_dir / "table.md").write_text(table, encoding="utf-8")
 
     def _stop(self, _engine: Engine, error: Exception) -> None:
@@ -320,19 +393,17 @@ class CombinationScores:
 
     def _checked(self, item: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """A case's class maps [P, ...] of the combinations that it has, its label, and the settings of score_case."""
-        missing = [key for key in ("case", "presence", "pred", "label") if item.get(key) is None]
+        needed = ["case", "presence", "pred", "label", *(["confidence"] if self.calibration else [])]
+        missing = [key for key in needed if item.get(key) is None]
         if missing:
-            raise ValueError(
-                f"Case {item.get('case')}: {missing} is missing; scores need case, presence, pred and label."
-            )
+            raise ValueError(f"Case {item.get('case')}: {missing} is missing; scores need {', '.join(needed)}.")
         case, predictions, label = item["case"], item["pred"], item["label"]
         if len(predictions) != len(self.names) or len(label) != 1:
             raise ValueError(
                 f"Case {case}: pred must be [{len(self.names)}, ...], a map for each combination of {self.modalities}, "
                 f"and label [1, ...], got {tuple(predictions.shape)} and {tuple(label.shape)}."
             )
-        present = torch.as_tensor(item["presence"]).cpu().bool()
-        available = ~(self.presence & ~present).any(dim=1)
+        available = self._available(item)
         settings = {
             "case": case,
             "names": [name for name, there in zip(self.names, available.tolist(), strict=True) if there],
@@ -342,22 +413,35 @@ class CombinationScores:
         maps = convert_to_tensor(predictions)[available.to(predictions.device)].cpu()
         return maps, convert_to_tensor(label)[0].cpu(), settings
 
+    def _available(self, item: Mapping[str, Any]) -> Tensor:
+        """Which combinations a case has the modalities for, bool [P]."""
+        present = torch.as_tensor(item["presence"]).cpu().bool()
+        return ~(self.presence & ~present).any(dim=1)
+
 
 def _score_arrays(predictions: np.ndarray, label: np.ndarray, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return score_case(torch.from_numpy(predictions), torch.from_numpy(label), **settings)
 
 
 def _score(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> dict[str, float]:
-    distance = hausdorff95(prediction, label, spacing)
+    distances = surface_distances(prediction, label, spacing)
+    hd95 = distances.hausdorff95
     voxel = math.prod(spacing) * _ML_PER_MM3
-    filled = {f"hd95_{name}": empty if math.isnan(distance) else distance for name, empty in EMPTY_DISTANCE.items()}
+    filled = {f"hd95_{name}": empty if math.isnan(hd95) else hd95 for name, empty in EMPTY_DISTANCE.items()}
     return {
         "dice": dice(prediction, label),
-        "hd95_mm": distance,
+        "hd95_mm": hd95,
         **filled,
+        "assd_mm": distances.average,
         "prediction_ml": int(prediction.count_nonzero()) * voxel,
         "label_ml": int(label.count_nonzero()) * voxel,
     }
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no weights at {path}; train first, or give others.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _spacing(case: str, *maps: Tensor) -> list[float]:

@@ -5,7 +5,12 @@ Scores are rows in long form, one per case, combination and region, with the col
 - ``dice`` in 0..1: 1 where both masks are empty, 0 where exactly one is;
 - ``hd95_mm``, the 95th percentile of the Hausdorff distance: 0 where both masks are empty, NaN where exactly one is;
 - ``hd95_<convention>``, the same with a distance in place of NaN, one of `EMPTY_DISTANCE`;
+- ``assd_mm``, the average symmetric surface distance: 0 and NaN as ``hd95_mm``;
 - ``prediction_ml`` and ``label_ml``, the volumes of the two masks.
+
+So there are three conventions for empty masks: those of `EMPTY_DISTANCE`, which count every case, and "excluded", see
+:func:`without_empty_labels`, by which a case whose label lacks a region is none of that region's, and a distance is the
+mean over the cases in which there is one.
 """
 
 from __future__ import annotations
@@ -15,26 +20,40 @@ from pathlib import Path
 
 import pandas as pd
 
+from passion_monai.evaluation.statistics import ALL, overall
 from passion_monai.presence import combination_name, combinations
 
-__all__ = ["EMPTY_DISTANCE", "SCORE_COLUMNS", "combination_table", "read_scores", "report", "summary"]
+__all__ = [
+    "EMPTY_DISTANCE",
+    "METRICS",
+    "SCORE_COLUMNS",
+    "combination_table",
+    "overall_table",
+    "read_scores",
+    "report",
+    "summary",
+    "without_empty_labels",
+]
 
 # What a Hausdorff distance counts, in mm, where exactly one of the two masks is empty. "brats": the diagonal of a BraTS
 # image (240 x 240 x 155 mm), as the challenge's evaluation does. "released": as the authors' released code does.
 EMPTY_DISTANCE = {"brats": 373.13, "released": 1.0}
 
-SCORE_COLUMNS = (
-    "case",
-    "combination",
-    "region",
-    "dice",
-    "hd95_mm",
-    *(f"hd95_{convention}" for convention in EMPTY_DISTANCE),
-    "prediction_ml",
-    "label_ml",
-)
+METRICS = ("dice", "hd95_mm", *(f"hd95_{convention}" for convention in EMPTY_DISTANCE), "assd_mm")
+SCORE_COLUMNS = ("case", "combination", "region", *METRICS, "prediction_ml", "label_ml")
 
-_PRESENT_MARK, _ABSENT_MARK = "●", "○"
+_PRESENT_MARK, _ABSENT_MARK, _UNKNOWN = "●", "○", "-"
+# The tables of a report: title, metric, and whether cases are left out whose label lacks the region.
+_TABLES = (
+    ("Dice [%]", "dice", False),
+    *(
+        (f"HD95 [mm], convention {name!r}: {distance:g} mm where exactly one mask is empty", f"hd95_{name}", False)
+        for name, distance in EMPTY_DISTANCE.items()
+    ),
+    ("Dice [%], convention 'excluded'", "dice", True),
+    ("HD95 [mm], convention 'excluded'", "hd95_mm", True),
+    ("ASSD [mm], convention 'excluded'", "assd_mm", True),
+)
 
 
 def read_scores(path: str | Path) -> pd.DataFrame:
@@ -52,34 +71,49 @@ def read_scores(path: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"No scores at {path}; run the evaluate workflow first.")
     # A case may be called 001 and a modality NA; as text they stay what they are.
     text = dict.fromkeys(("case", "combination", "region"), str)
-    scores = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={"hd95_mm": [""]})
+    scores = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={"hd95_mm": [""], "assd_mm": [""]})
     missing = [column for column in SCORE_COLUMNS if column not in scores]
     if missing:
         raise ValueError(f"{path}: columns {missing} are missing, scores have {list(SCORE_COLUMNS)}.")
     return scores
 
 
-def summary(scores: pd.DataFrame) -> pd.DataFrame:
+def without_empty_labels(scores: pd.DataFrame) -> pd.DataFrame:
+    """The scores of regions that a case's label has: the convention "excluded" for empty masks.
+
+    Args:
+        scores: rows with `SCORE_COLUMNS`.
+    """
+    return scores[scores["label_ml"] > 0]
+
+
+def summary(scores: pd.DataFrame, *, exclude_empty: bool = False) -> pd.DataFrame:
     """Mean scores over the cases.
 
     Args:
         scores: rows with `SCORE_COLUMNS`.
+        exclude_empty: leave out regions that a case's label lacks.
 
     Returns:
-        One row per combination and region, in order of appearance, with the columns ``combination, region, dice,
-        hd95_mm, hd95_brats, hd95_released`` (means over cases), ``cases`` (how many) and ``hd95_mm_cases`` (over how
-        many of them ``hd95_mm`` is the mean: those in which not exactly one mask is empty).
+        One row per combination and region, in order of appearance, with the columns ``combination, region``, `METRICS`
+        (means over cases), ``cases`` (how many) and ``distance_cases`` (over how many of them ``hd95_mm`` and
+        ``assd_mm`` are the means: those in which not exactly one mask is empty).
     """
-    groups = scores.groupby(["combination", "region"], sort=False)
-    metrics = [column for column in SCORE_COLUMNS if column == "dice" or column.startswith("hd95")]
-    means = groups[metrics].mean()
+    counted = without_empty_labels(scores) if exclude_empty else scores
+    groups = counted.groupby(["combination", "region"], sort=False)
+    means = groups[list(METRICS)].mean()
     means["cases"] = groups["case"].count()
-    means["hd95_mm_cases"] = groups["hd95_mm"].count()
+    means["distance_cases"] = groups["hd95_mm"].count()
     return means.reset_index()
 
 
 def combination_table(
-    scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable[str], metric: str = "dice"
+    scores: pd.DataFrame,
+    *,
+    modalities: Sequence[str],
+    regions: Iterable[str],
+    metric: str = "dice",
+    exclude_empty: bool = False,
 ) -> str:
     """Mean scores per region and modality combination, in the layout of the paper's Table 3.
 
@@ -91,7 +125,9 @@ def combination_table(
         scores: rows with `SCORE_COLUMNS`.
         modalities: names of the M modalities, in the order that the combinations' names use.
         regions: names of the regions, one row each.
-        metric: ``dice`` (shown in %) or one of ``hd95_mm``, ``hd95_brats`` and ``hd95_released`` (in mm).
+        metric: one of `METRICS`; ``dice`` is shown in %, the others are in mm.
+        exclude_empty: leave out regions that a case's label lacks. How many cases a mean is of then depends on the
+            region, and each has a row of these numbers.
 
     Returns:
         A Markdown table.
@@ -99,28 +135,49 @@ def combination_table(
     Raises:
         ValueError: when the metric is unknown.
     """
-    allowed = [column for column in SCORE_COLUMNS if column == "dice" or column.startswith("hd95")]
-    if metric not in allowed:
-        raise ValueError(f"metric must be one of {allowed}, got {metric!r}.")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {list(METRICS)}, got {metric!r}.")
+    rows = list(regions)
     presence = combinations(len(modalities))
     names = [combination_name(row, modalities) for row in presence]
-    means = summary(scores).pivot(index="region", columns="combination", values=metric)
-    means = means.reindex(index=list(regions), columns=names) * (100 if metric == "dice" else 1)
+    means = summary(scores, exclude_empty=exclude_empty).pivot(index="region", columns="combination", values=metric)
+    means = means.reindex(index=rows, columns=names) * _factor(metric)
     means.loc["mean"] = means.mean(skipna=False)
     means["Avg."] = means.mean(axis=1)
-    cases = scores.groupby("combination")["case"].nunique().reindex(names, fill_value=0)
+    cases = _excluded_cases(scores, metric, rows) if exclude_empty else _all_cases(scores)
+    cases = cases.reindex(columns=names).fillna(0).astype(int)
 
     circles = [[_PRESENT_MARK if present else _ABSENT_MARK for present in column] for column in presence.T]
     lines = [[modality, *row, ""] for modality, row in zip(modalities, circles, strict=True)]
     lines[0][-1] = "Avg."
     lines.insert(1, ["---", *[":-:"] * len(names), "--:"])
     lines += [[str(region), *map(_number, row)] for region, row in zip(means.index, means.to_numpy(), strict=True)]
-    lines.append(["cases", *map(str, cases), ""])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines += [[str(name), *map(str, row), ""] for name, row in zip(cases.index, cases.to_numpy(), strict=True)]
+    return _markdown(lines)
+
+
+def overall_table(scores: pd.DataFrame) -> str:
+    """Means over all combinations with their 95 % intervals, as :func:`.statistics.overall` has them.
+
+    Args:
+        scores: rows with `SCORE_COLUMNS`.
+
+    Returns:
+        A Markdown table with a row per metric and convention, and a column per region and one for their mean.
+    """
+    regions = [*dict.fromkeys(scores["region"]), ALL]
+    lines = [["", *regions], ["---", *["--:"] * len(regions)]]
+    for title, metric, exclude_empty in _TABLES:
+        estimates = overall(without_empty_labels(scores) if exclude_empty else scores, metric)
+        # By position, since a region may have the name of the last row.
+        values = estimates[["mean", "low", "high"]].to_numpy() * _factor(metric)
+        cells = dict(zip([*estimates["region"][:-1], None], map(_with_interval, values), strict=True))
+        lines.append([title.split(":")[0], *(cells.get(region, "-") for region in [*regions[:-1], None])])
+    return _markdown(lines)
 
 
 def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable[str]) -> str:
-    """Everything there is to say of an evaluation, as Markdown: Dice, and HD95 under each convention for empty masks.
+    """Everything there is to say of an evaluation, as Markdown: each metric under each convention for empty masks.
 
     Args:
         scores: rows with `SCORE_COLUMNS`.
@@ -136,22 +193,49 @@ def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable
     )
     empties = (
         f"Of {len(scores)} pairs of masks, both are empty in {both_empty} (Dice 100 %, distance 0 mm) and exactly one "
-        f"in {one_empty} (Dice 0 %, the distance is not defined: the title of each table says what it counts)."
+        f"in {one_empty} (Dice 0 %, the distance is not defined: the title of each table says what it counts). By the "
+        "convention 'excluded', a case whose label lacks a region is not counted for it, and a distance is the mean "
+        "over the cases in which the prediction has the region too: over fewer, the worse a network is. HD95 is the "
+        "95th percentile of the Hausdorff distance, ASSD the average symmetric surface distance."
     )
     parts = [
         "# Scores per modality combination",
         legend,
         empties,
-        "## Dice [%]",
-        combination_table(scores, modalities=modalities, regions=regions),
+        "## Over all combinations: Avg. with its 95 % interval",
+        overall_table(scores),
     ]
-    for convention, distance in EMPTY_DISTANCE.items():
-        parts += [
-            f"## HD95 [mm], convention {convention!r}: {distance:g} mm where exactly one mask is empty",
-            combination_table(scores, modalities=modalities, regions=regions, metric=f"hd95_{convention}"),
-        ]
+    for title, metric, exclude_empty in _TABLES:
+        table = combination_table(
+            scores, modalities=modalities, regions=regions, metric=metric, exclude_empty=exclude_empty
+        )
+        parts += [f"## {title}", table]
     return "\n\n".join(parts) + "\n"
 
 
+def _all_cases(scores: pd.DataFrame) -> pd.DataFrame:
+    """How many cases each combination has, in one row."""
+    return scores.groupby("combination")["case"].nunique().to_frame("cases").T
+
+
+def _excluded_cases(scores: pd.DataFrame, metric: str, regions: list[str]) -> pd.DataFrame:
+    """How many cases a metric is the mean of, a row per region and a column per combination."""
+    counts = without_empty_labels(scores).groupby(["region", "combination"])[metric].count().unstack()
+    return counts.reindex(index=regions).rename(index="cases, {}".format)
+
+
+def _factor(metric: str) -> float:
+    return 100 if metric == "dice" else 1
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _with_interval(values: Iterable[float]) -> str:
+    mean, low, high = map(_number, values)
+    return mean if low == _UNKNOWN else f"{mean} [{low}, {high}]"
+
+
 def _number(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.2f}"
+    return _UNKNOWN if pd.isna(value) else f"{value:.2f}"

@@ -74,6 +74,31 @@ class TestEvaluation:
         assert {row["region"] for row in rows} == set(get_spec(bundle.dataset).regions)
         assert len(rows) == len(datalist["test"]) * combinations * len({row["region"] for row in rows})
         assert "●" in (trained / "evaluation" / "table.md").read_text()
+        errors = read_csv(trained / "evaluation" / "calibration.csv")
+        assert len(errors) == len(datalist["test"]) * combinations
+        assert all(0 <= float(row["ece"]) <= 1 for row in errors)
+
+    @pytest.mark.slow
+    def test_goes_on_with_the_cases_that_are_left(self, bundle: Any, trained: Path):
+        bundle.succeed("evaluate", output_dir=trained)
+        folder = trained / "evaluation"
+        before, record = (folder / "scores.csv").read_bytes(), json.loads((folder / "scores.json").read_text())
+        number = len(record["cases"])
+        del record["cases"][-1]
+        (folder / "scores.json").write_text(json.dumps(record))
+        log = bundle.succeed("evaluate", output_dir=trained)
+        assert f"{number - 1} of {number} cases were scored before" in log
+        assert (folder / "scores.csv").read_bytes() == before
+        log = bundle.succeed("evaluate", output_dir=trained)
+        assert f"{number} of {number} cases were scored before" in log
+        log = bundle.succeed(
+            "evaluate", output_dir=trained, minimum_voxels={1: 10**6, 2: 10**6}, replacement={1: 0, 2: 0}
+        )
+        assert "the settings ['minimum_voxels', 'replacement'] are not what they were" in log
+        regions = {name for name, classes in get_spec(bundle.dataset).regions.items() if set(classes) <= {1, 2}}
+        rows = [row for row in read_csv(folder / "scores.csv") if row["region"] in regions]
+        assert all(float(row["prediction_ml"]) == 0 for row in rows)
+        assert len(read_csv(folder / "scores.csv")) == before.count(b"\n") - 1
 
     def test_without_weights_it_stops(self, one_bundle: Any, tmp_path: Path):
         result = one_bundle.run("evaluate", output_dir=tmp_path)

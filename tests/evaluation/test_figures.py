@@ -38,7 +38,7 @@ def training_csv(tmp_path: Path) -> Path:
 def scores() -> pd.DataFrame:
     names = [combination_name(row, MODALITIES) for row in combinations(3)]
     rows = [
-        (case, name, region, value / 100, 5.0, 5.0, 5.0, 1.0, 1.0)
+        (case, name, region, value / 100, 5.0, 5.0, 5.0, 2.0, 1.0, 1.0)
         for value, (name, region, case) in enumerate(itertools.product(names, ("whole", "core"), "abc"))
     ]
     return pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).sample(frac=1, random_state=0)

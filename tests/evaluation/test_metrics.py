@@ -1,29 +1,37 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
 from passion_monai.evaluation.metrics import (
     EMPTY_DISTANCE,
     CombinationDiceMetric,
     CombinationScores,
     dice,
-    hausdorff95,
     region_masks,
     score_case,
+    surface_distances,
 )
 from passion_monai.evaluation.tables import SCORE_COLUMNS, read_scores
 from passion_monai.presence import combination_name, combinations
+from passion_monai.transforms import FULL_CONFIDENCE
 
 REGIONS = {"all": (1, 2), "core": (2,)}
 
@@ -41,10 +49,13 @@ def surface(points: set[tuple[int, ...]]) -> np.ndarray:
     return np.array([p for p in sorted(points) if any(tuple(np.add(p, step).tolist()) not in points for step in steps)])
 
 
-def brute_force_hausdorff95(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> float:
+def brute_force_distances(
+    prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]
+) -> tuple[float, float]:
     surfaces = [surface({tuple(p) for p in m.nonzero().tolist()}) * spacing for m in (prediction, label)]
     distances = np.linalg.norm(surfaces[0][:, None] - surfaces[1][None], axis=-1)
-    return float(max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1)))
+    nearest = [distances.min(axis=axis) for axis in (0, 1)]
+    return max(float(np.percentile(one_way, 95)) for one_way in nearest), float(np.concatenate(nearest).mean())
 
 
 def test_region_masks_are_unions_of_classes() -> None:
@@ -76,15 +87,27 @@ def test_dice(prediction: list[int], label: list[int], expected: float) -> None:
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 1.25, 3.0)])
 @pytest.mark.parametrize("seed", range(4))
-def test_hausdorff95_is_the_slow_one(seed: int, spacing: tuple[float, ...]) -> None:
+def test_surface_distances_are_the_slow_ones(seed: int, spacing: tuple[float, ...]) -> None:
     generator = torch.Generator().manual_seed(seed)
     masks = torch.zeros(2, 9, 8, 7, dtype=torch.bool)
     masks[0, 1:6, 2:7, 1:5] = True
     masks[1, 2:9, 0:5, 2:7] = True  # touches the border of the image
     masks &= torch.rand(masks.shape, generator=generator) < 0.9
-    expected = brute_force_hausdorff95(masks[0], masks[1], spacing)
-    assert hausdorff95(masks[0], masks[1], spacing) == pytest.approx(expected, rel=1e-6)
-    assert hausdorff95(masks[1], masks[0], spacing) == pytest.approx(expected, rel=1e-6)
+    expected = brute_force_distances(masks[0], masks[1], spacing)
+    assert surface_distances(masks[0], masks[1], spacing) == pytest.approx(expected, rel=1e-6)
+    assert surface_distances(masks[1], masks[0], spacing) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+def test_surface_distances_are_those_of_monai() -> None:
+    masks = torch.rand(2, 12, 9, 10, generator=torch.Generator().manual_seed(0)) < 0.05
+    settings = {"include_background": True, "spacing": [0.5, 1.25, 3.0]}
+    pair = [mask[None, None] for mask in masks]
+    expected = (
+        compute_hausdorff_distance(*pair, percentile=95, **settings).item(),
+        compute_average_surface_distance(*pair, symmetric=True, **settings).item(),
+    )
+    assert surface_distances(*masks, settings["spacing"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
@@ -92,22 +115,26 @@ def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
     label[:10, :4] = True  # 24 voxels on the surface
     prediction = label.clone()
     prediction[39, 11] = True
-    assert hausdorff95(prediction, label, (1.0, 1.0)) == 0.0
+    distances = surface_distances(prediction, label, (1.0, 1.0))
+    assert distances.hausdorff95 == 0.0
+    assert distances.average == pytest.approx(
+        math.hypot(30, 8) / 49
+    )  # 24 + 24 voxels that agree, and one that does not
     prediction[30, 11] = True
     prediction[35, 11] = True
-    assert hausdorff95(prediction, label, (1.0, 1.0)) > 20
+    assert surface_distances(prediction, label, (1.0, 1.0)).hausdorff95 > 20
 
 
-def test_hausdorff95_of_two_voxels_in_2d_uses_the_spacing() -> None:
-    distance = hausdorff95(mask((6, 6), (1, 1)), mask((6, 6), (3, 4)), (2.0, 1.0))
-    assert distance == pytest.approx(5.0)
+def test_surface_distances_of_two_voxels_in_2d_use_the_spacing() -> None:
+    distances = surface_distances(mask((6, 6), (1, 1)), mask((6, 6), (3, 4)), (2.0, 1.0))
+    assert distances == pytest.approx((5.0, 5.0))
 
 
-def test_hausdorff95_of_empty_masks() -> None:
+def test_surface_distances_of_empty_masks() -> None:
     empty, filled = mask((3, 3, 3)), mask((3, 3, 3), (1, 1, 1))
-    assert hausdorff95(empty, empty, (1, 1, 1)) == 0.0
-    assert math.isnan(hausdorff95(empty, filled, (1, 1, 1)))
-    assert math.isnan(hausdorff95(filled, empty, (1, 1, 1)))
+    assert surface_distances(empty, empty, (1, 1, 1)) == (0.0, 0.0)
+    for pair in ((empty, filled), (filled, empty)):
+        assert [math.isnan(distance) for distance in surface_distances(*pair, (1, 1, 1))] == [True, True]
 
 
 def test_masks_must_be_boolean_and_of_one_shape() -> None:
@@ -116,7 +143,7 @@ def test_masks_must_be_boolean_and_of_one_shape() -> None:
     with pytest.raises(ValueError, match=r"one shape, got \(3,\) and \(4,\)"):
         dice(mask((3,)), mask((4,)))
     with pytest.raises(ValueError, match=r"spacing must have one entry for each of 2 axes, got \[1\.0\]"):
-        hausdorff95(mask((3, 3)), mask((3, 3)), [1.0])
+        surface_distances(mask((3, 3)), mask((3, 3)), [1.0])
 
 
 def test_score_case_rows() -> None:
@@ -137,7 +164,8 @@ def test_score_case_rows() -> None:
     assert [row["dice"] for row in rows] == [1, 1, 1, 0]
     assert [row["hd95_brats"] for row in rows] == [0, 0, 0, 373.13]
     assert [row["hd95_released"] for row in rows] == [0, 0, 0, 1.0]
-    assert [math.isnan(row["hd95_mm"]) for row in rows] == [False, False, False, True]
+    for column in ("hd95_mm", "assd_mm"):
+        assert [math.isnan(row[column]) for row in rows] == [False, False, False, True]
     assert [row["prediction_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0.27])
     assert [row["label_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0])
 
@@ -240,9 +268,15 @@ def make_items(*presence: tuple[bool, bool]) -> list[dict[str, Any]]:
 
 
 def make_evaluator(
-    items: list[dict[str, Any]], output_dir: Path, *, num_workers: int = 0, **arguments: Any
+    items: list[dict[str, Any]],
+    output_dir: Path,
+    *,
+    num_workers: int = 0,
+    scores: CombinationScores | None = None,
+    **arguments: Any,
 ) -> SupervisedEvaluator:
-    scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers)
+    if scores is None:
+        scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers)
     return SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(Dataset(items), batch_size=2, num_workers=0),
@@ -278,11 +312,20 @@ def test_combination_scores_starts_anew_with_each_run(tmp_path: Path) -> None:
 
 def test_combination_scores_are_the_same_from_other_processes(tmp_path: Path) -> None:
     items = make_items((True, True), (False, True), (True, False), (True, True), (True, True))
-    make_evaluator(items, tmp_path / "here").run()
-    evaluator = make_evaluator(items, tmp_path / "workers", num_workers=1)
+    for number, item in enumerate(items):
+        item["confidence"] = torch.full((3, 5, 6, 7), 30_000 + number, dtype=torch.int16)
+
+    def evaluator_of(folder: Path, num_workers: int) -> SupervisedEvaluator:
+        scores = CombinationScores(
+            folder, modalities=MODALITIES, regions=REGIONS, num_workers=num_workers, calibration=True
+        )
+        return make_evaluator(items, folder, scores=scores)
+
+    evaluator_of(tmp_path / "here", 0).run()
+    evaluator = evaluator_of(tmp_path / "workers", 1)
     for _ in range(2):  # a second run starts workers anew
         evaluator.run()
-        for file in ("scores.csv", "table.md"):
+        for file in ("scores.csv", "calibration.csv", "scores.json", "table.md"):
             assert (tmp_path / "workers" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
 
 
@@ -302,15 +345,17 @@ def test_combination_scores_keeps_the_cases_before_an_error(tmp_path: Path, num_
     [
         ({"presence": None}, r"Case c: \['presence'\] is missing"),
         ({"label": None}, r"Case c: \['label'\] is missing"),
+        ({"confidence": None}, r"Case c: \['confidence'\] is missing"),
         ({"pred": torch.zeros(1, 4, 4)}, r"Case c: pred must be \[3, \.\.\.\], .* got \(1, 4, 4\)"),
         ({"label": torch.zeros(2, 4, 4)}, r"Case c: pred must be .* and \(2, 4, 4\)"),
         ({}, r"Case c: neither pred nor label is a MetaTensor"),
     ],
 )
 def test_combination_scores_names_case_and_fault(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    item = {"case": "c", "presence": [True, True], "pred": torch.zeros(3, 4, 4), "label": torch.zeros(1, 4, 4)} | change
+    maps = {"pred": torch.zeros(3, 4, 4), "confidence": torch.ones(3, 4, 4), "label": torch.zeros(1, 4, 4)}
+    item = {"case": "c", "presence": [True, True]} | maps | change
     engine = Engine(lambda _, batch: batch)
-    CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS).attach(engine)
+    CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, calibration=True).attach(engine)
     with pytest.raises(ValueError, match=message):
         engine.run([[item]])
 
@@ -341,3 +386,81 @@ def test_combination_scores_refuses_several_processes(tmp_path: Path, monkeypatc
 def test_combination_scores_names_combinations_in_order(tmp_path: Path) -> None:
     handler = CombinationScores(tmp_path, modalities=("p", "q", "r"), regions=REGIONS)
     assert handler.names == [combination_name(row, ("p", "q", "r")) for row in combinations(3)]
+
+
+def test_combination_scores_writes_calibration_of_the_combinations_that_there_are(tmp_path: Path) -> None:
+    items = make_items((True, True), (False, True))
+    for item in items:
+        item["confidence"] = torch.full((3, 5, 6, 7), FULL_CONFIDENCE, dtype=torch.int16)
+        item["confidence"][:, 2:] = 0  # half of the object was not seen
+    scores = CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, calibration=True)
+    make_evaluator(items, tmp_path, scores=scores).run()
+    table = pd.read_csv(tmp_path / "calibration.csv")
+    assert list(table) == ["case", "combination", "ece"]
+    assert table["combination"].tolist() == ["x", "y", "x+y", "y"]
+    wrong = 4 / (2 * 6 * 7)  # the map of y is empty
+    assert table["ece"].tolist() == pytest.approx([0, wrong, 0, wrong])
+
+
+def test_remaining_are_the_cases_that_were_not_scored_with_the_same_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = make_items((True, True), (False, True), (True, True))
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"first")
+
+    def run(cases: list[dict[str, Any]], **settings: Any) -> list[str]:
+        scores = CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, weights=weights, settings=settings)
+        remaining = scores.remaining(cases)
+        if remaining:
+            make_evaluator([dict(case) for case in remaining], tmp_path, scores=scores).run()
+        return [case["case"] for case in remaining]
+
+    assert run(items[:2]) == ["000", "001"]
+    with caplog.at_level(logging.INFO):
+        assert run(items) == ["002"]
+    assert "2 of 3 cases were scored before, with the same weights and settings" in caplog.text
+    assert read_scores(tmp_path / "scores.csv")["case"].unique().tolist() == ["000", "001", "002"]
+    (tmp_path / "table.md").unlink()
+    assert run(items) == []
+    assert "3 cases." in (tmp_path / "table.md").read_text(encoding="utf-8")
+    weights.write_bytes(b"second")
+    assert run(items) == ["000", "001", "002"]
+    assert "['weights_sha256'] are not what they were" in caplog.text
+    assert run(items, section="validation") == ["000", "001", "002"]
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*model\.pt"):
+        run(items)
+
+
+def evaluate_some(output_dir: Path, *, sleep_at: int | None = None) -> None:
+    """Evaluate five cases, those that are not done yet; at one of them it may sleep for a very long time."""
+    items = make_items(*[(True, True)] * 5)
+    scores = CombinationScores(output_dir, modalities=MODALITIES, regions=REGIONS)
+    evaluator = make_evaluator([dict(item) for item in scores.remaining(items)], output_dir, scores=scores)
+    evaluator.add_event_handler(
+        Events.ITERATION_STARTED, lambda engine: time.sleep(600) if engine.state.iteration == sleep_at else None
+    )
+    evaluator.run()
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
+    evaluate_some(tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, __file__, str(tmp_path / "killed")])
+    record = tmp_path / "killed" / "scores.json"
+    deadline = time.monotonic() + 300
+    while not record.is_file() or len(json.loads(record.read_text(encoding="utf-8"))["cases"]) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "table.md").exists()
+    evaluate_some(tmp_path / "killed")
+    for name in ("scores.csv", "scores.json", "table.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+if __name__ == "__main__":
+    evaluate_some(Path(sys.argv[1]), sleep_at=2)

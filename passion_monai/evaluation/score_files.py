@@ -1,0 +1,87 @@
+"""Files of scores that grow case by case, and that an interrupted evaluation goes on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["ScoreFiles"]
+
+logger = logging.getLogger(__name__)
+
+
+class ScoreFiles:
+    """CSV files with rows for each case, and ``scores.json``, which says for which cases they are complete.
+
+    A case is entered there once all its rows are written, so that nothing torn counts when a run was killed. The
+    settings stand there too, and what was scored with other ones counts for nothing.
+
+    Args:
+        folder: of the files; it is made.
+        columns: those of each CSV file by its name; ``case`` is one of them.
+        settings: all that decides on the scores, for JSON.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, columns: Mapping[str, Sequence[str]], settings: Mapping[str, Any]
+    ) -> None:
+        self.folder = Path(folder)
+        self.columns = dict(columns)
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # as they will be read back
+        self.cases: list[str] = []
+
+    @property
+    def record_path(self) -> Path:
+        """The file of settings and complete cases."""
+        return self.folder / "scores.json"
+
+    def complete_cases(self) -> list[str]:
+        """Cases of an earlier run with the same settings; a warning says in what settings one differs."""
+        if not all(path.is_file() for path in (self.record_path, *map(self.folder.joinpath, self.columns))):
+            return []
+        record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        names = {**record["settings"], **self.settings}
+        changed = [name for name in names if record["settings"].get(name) != self.settings.get(name)]
+        if changed:
+            logger.warning(f"The scores in {self.folder} are made anew: the settings {changed} are not what they were.")
+        return [] if changed else list(record["cases"])
+
+    def start(self, keep: Collection[str] = ()) -> None:
+        """Begin to write, keeping the rows of some complete cases."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cases = [case for case in self.complete_cases() if case in keep] if keep else []
+        for name, columns in self.columns.items():
+            rows = _read_rows(self.folder / name, self.cases) if self.cases else []
+            _replace(self.folder / name, pd.DataFrame(rows, columns=list(columns)).to_csv(index=False))
+        self._write_record()
+
+    def append(self, case: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Write a case's rows for each file."""
+        for name, columns in self.columns.items():
+            frame = pd.DataFrame(rows[name], columns=list(columns))
+            frame.to_csv(self.folder / name, mode="a", header=False, index=False)
+        self.cases.append(case)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        record = {"settings": self.settings, "cases": self.cases}
+        _replace(self.record_path, json.dumps(record, indent=2) + "\n")
+
+
+def _read_rows(path: Path, cases: Collection[str]) -> list[dict[str, str]]:
+    """The rows of some cases, as text, so that no number changes."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["case"] in cases]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is complete at any time."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8", newline="")
+    unfinished.replace(path)
