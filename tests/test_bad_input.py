@@ -427,7 +427,7 @@ FOLDERS = (
         "has a label but no image",
     ),
     Bad("a broken link", lambda case: link(case / "bad_t2.nii.gz", "/nowhere"), "bad_t2.nii.gz is a broken link"),
-    Bad("a link to itself", lambda case: link(case / "bad_t2.nii.gz", "bad_t2.nii.gz"), "is a broken link or no file; restore"),
+    Bad("a link to itself", lambda case: link(case / "bad_t2.nii.gz", "bad_t2.nii.gz"), "is a broken link or no file"),
     Bad(
         "a folder called like a file",
         lambda case: ((case / "bad_t2.nii.gz").unlink(), (case / "bad_t2.nii.gz").mkdir()),

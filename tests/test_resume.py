@@ -282,7 +282,7 @@ class TestFilesThatDoNotFit:
     def test_none_that_can_be_read(self, tmp_path: Path):
         for name in ("last.pt", "last.previous.pt"):
             (tmp_path / name).write_bytes(b"PK")
-        with pytest.raises(RuntimeError, match="cannot be read. Put a copy there, or train anew"):
+        with pytest.raises(RuntimeError, match=r"cannot be read\. Put a copy there, or train anew"):
             self.resume(tmp_path)
 
     def test_fewer_epochs(self, tmp_path: Path):

@@ -14,7 +14,6 @@ from monai.bundle import ConfigWorkflow
 
 from passion_monai.datasets.phantom import write_phantom
 
-
 pytestmark = pytest.mark.parametrize("bundle", ["brats_rfnet_passion"], indirect=True)
 
 
