@@ -41,6 +41,7 @@ from passion_monai.transforms import (
 )
 
 MODALITIES = ("a", "b", "c")
+CLASSES = ("background", "core", "edema")
 VALUES = (0, 2, 4)
 Case = dict[str, Any]
 MakeCase = Callable[..., Case]
@@ -694,7 +695,14 @@ def test_weights_may_be_part_of_a_checkpoint(tmp_path: Path, key: str | None):
 def test_weights_of_another_backbone_are_no_start():
     state = read_state_dict(small(MMFormer, **TOKENS).state_dict())
     with pytest.raises(ValueError, match="another backbone, width or number of dimensions"):
-        transfer_weights(small(width=8), state, modalities=MODALITIES, pretrained_modalities=MODALITIES)
+        transfer_weights(
+            small(width=8),
+            state,
+            modalities=MODALITIES,
+            pretrained_modalities=MODALITIES,
+            classes=CLASSES,
+            pretrained_classes=CLASSES,
+        )
 
 
 @pytest.mark.parametrize("member", ["../outside", "/outside", "bundle/../../outside"])

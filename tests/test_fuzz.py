@@ -31,7 +31,7 @@ from passion_monai.datasets import brats, myops
 from passion_monai.datasets.datalist import read_datalist
 from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.networks.checkpoints import load_reference_checkpoint, read_state_dict
-from passion_monai.networks.pretrained import bundle_modalities, transfer_weights
+from passion_monai.networks.pretrained import bundle_channels, transfer_weights
 from passion_monai.presence import parse_combination, read_presence
 from passion_monai.transforms import LoadCased
 
@@ -218,7 +218,7 @@ def test_metadata_of_a_bundle(content: bytes):
         (folder / "configs").mkdir()
         path = folder / "configs" / "metadata.json"
         path.write_bytes(content)
-        names = attempt(partial(bundle_modalities, folder), str(path))
+        names = attempt(partial(bundle_channels, folder, "inputs", "image"), str(path))
     assert all(isinstance(name, str) for name in names or [])
 
 
@@ -408,7 +408,9 @@ def test_names_and_shapes_of_the_authors_weights(spec: Spec):
 @example(("rfnet", True, {name: [1, 1] for name in NETWORKS["rfnet"].state_dict() if "fuse_modalities" in name}), "abc")
 def test_names_and_shapes_of_pretrained_weights(spec: Spec, pretrained_modalities: str):
     network, state = state_of(spec)
-    transfer = partial(transfer_weights, network, state, modalities="ab", pretrained_modalities=pretrained_modalities)
+    names = {"modalities": "ab", "pretrained_modalities": pretrained_modalities}
+    classes = {"classes": "012"[: network.num_classes], "pretrained_classes": "012"}
+    transfer = partial(transfer_weights, network, state, **names, **classes)
     report = attempt(transfer, "no encoder that fits")
     if report is not None:
         assert {*report.transferred, *report.partial, *report.fresh} == network.state_dict().keys()

@@ -94,6 +94,11 @@ class Backbone(nn.Module, ABC):
     """Parameters with one block per modality along an axis, and after the blocks maybe one entry that is of none."""
     modality_mixing: tuple[str, ...] = ()
     """Parameters that mix the modalities otherwise; they fit only the modalities that they were trained with."""
+    # And which to which class.
+    class_modules: tuple[str, ...] = ()
+    """Modules of one class; the first group is its index."""
+    class_axes: ClassVar[Mapping[str, int]] = {r".*\.heads?\.(?:\d+\.)?(?:weight|bias)$": 0}
+    """Parameters with one block per class along an axis."""
 
     def __init__(
         self, spatial_dims: int, num_modalities: int, num_classes: int, img_size: Sequence[int] | int, *, stride: int

@@ -15,7 +15,7 @@ from torch import Tensor
 from passion_monai.networks.base import Backbone
 from passion_monai.networks.checkpoints import fit_positions, read_state_dict
 
-__all__ = ["TransferReport", "bundle_modalities", "load_pretrained", "transfer_weights"]
+__all__ = ["TransferReport", "bundle_channels", "load_pretrained", "transfer_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class TransferReport(NamedTuple):
 
     Attributes:
         transferred: those that were taken over whole.
-        partial: those that mix modalities, of which the parts for the modalities in common were taken over.
+        partial: those with parts for every modality or class, of which those in common were taken over.
         fresh: the others, which keep their initial values, each with the reason.
     """
 
@@ -40,28 +40,37 @@ def load_pretrained(
     bundle: str | Path,
     weights: str | Path,
     modalities: Sequence[str],
+    classes: Sequence[str],
     modality_names: Mapping[str, str] | None = None,
 ) -> TransferReport:
     """Load a bundle's weights into a network for a cohort of one's own; see :func:`transfer_weights`.
 
     Args:
         network: the network to train, of the same backbone.
-        bundle: folder of the bundle; its metadata say which modalities the weights are for.
+        bundle: folder of the bundle; its metadata say which modalities and classes the weights are for.
         weights: file of the weights.
         modalities: names of the network's modalities.
+        classes: names of the network's classes, background first.
         modality_names: what the bundle calls those of them that it calls otherwise.
     """
     return transfer_weights(
         network,
         read_state_dict(weights),
         modalities=modalities,
-        pretrained_modalities=bundle_modalities(bundle),
+        pretrained_modalities=bundle_channels(bundle, "inputs", "image"),
+        classes=classes,
+        pretrained_classes=bundle_channels(bundle, "outputs", "pred"),
         modality_names=modality_names,
     )
 
 
-def bundle_modalities(bundle: str | Path) -> list[str]:
-    """Names of the image channels of a bundle, from its metadata.
+def bundle_channels(bundle: str | Path, section: str, tensor: str) -> list[str]:
+    """Names of the channels of a bundle's image (the modalities) or prediction (the classes), from its metadata.
+
+    Args:
+        bundle: folder of the bundle.
+        section: "inputs" or "outputs" of the network.
+        tensor: name of the tensor in it, "image" or "pred".
 
     Raises:
         FileNotFoundError: when the folder has no metadata.
@@ -72,12 +81,12 @@ def bundle_modalities(bundle: str | Path) -> list[str]:
         raise FileNotFoundError(f"{path} does not exist; give the folder of a bundle.")
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-        channels = metadata["network_data_format"]["inputs"]["image"]["channel_def"]
+        channels = metadata["network_data_format"][section][tensor]["channel_def"]
         names = [channels[str(index)] for index in range(len(channels))]
     except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} does not say which modality a channel of the image is ({error!r}).") from error
+        raise ValueError(f"{path} does not say what the channels of {tensor} are ({error!r}).") from error
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} must name the modality of each channel of the image, got {names}.")
+        raise ValueError(f"{path} must name each channel of {tensor}, got {names}.")
     return names
 
 
@@ -87,57 +96,99 @@ def transfer_weights(
     *,
     modalities: Sequence[str],
     pretrained_modalities: Sequence[str],
+    classes: Sequence[str],
+    pretrained_classes: Sequence[str],
     modality_names: Mapping[str, str] | None = None,
 ) -> TransferReport:
-    """Take over what fits of the weights of a network for other modalities, matched by their names.
+    """Take over what fits of the weights of a network for other modalities and classes, matched by their names.
 
     What belongs to one modality goes to the modality of that name. Of what mixes the modalities, the parts for those in
     common are taken over, so that RFNet and M2FTrans for fewer modalities start as the pretrained network does when the
-    others are absent. Values per position are interpolated to another crop. What has another shape for another reason,
-    such as the prediction of other classes, keeps its initial values, as does all of a modality that is new. All of it
-    is in the report and logged.
+    others are absent. So do the predictions of classes, and what RFNet has for each region, go to the class of that
+    name. Values per position are interpolated to another crop. What has another shape for another reason keeps its
+    initial values, as does all of a modality or a class that is new. All of it is in the report and logged.
 
     Args:
         network: the network to load into.
         state: the pretrained weights.
         modalities: names of the network's modalities, in the order of its channels.
         pretrained_modalities: those of the pretrained network.
+        classes: names of the network's classes, background first.
+        pretrained_classes: those of the pretrained network.
         modality_names: pretrained names of those modalities that are called otherwise here.
 
     Raises:
         ValueError: when names do not fit, no modality is in common, or the weights are of another kind of network.
     """
-    sources = _match(modalities, pretrained_modalities, modality_names or {})
+    matches = _match(modalities, pretrained_modalities, modality_names or {})
+    of_modality = (network.modality_modules, network.modality_axes, matches, len(pretrained_modalities))
+    indices = _indices(classes, pretrained_classes)
+    of_class = (network.class_modules, network.class_axes, indices, len(pretrained_classes))
+    parts = (_Parts("modality", *of_modality), _Parts("class", *of_class))
     if len(modalities) != network.num_modalities:
         raise ValueError(f"modalities must name {network.num_modalities} channels, got {list(modalities)}.")
-    unlike = sources != list(range(len(pretrained_modalities)))
+    if len(classes) != network.num_classes:
+        raise ValueError(f"classes must name {network.num_classes} classes, got {list(classes)}.")
     target = network.state_dict()
     loaded: dict[str, Tensor] = {}
     partial, fresh = [], {}
     for name, value in target.items():
-        source_name = _source_name(name, network.modality_modules, sources)
-        if source_name is None:
-            fresh[name] = "belongs to a modality that is new"
+        source_name, new = _source_name(name, parts)
+        if new:
+            fresh[name] = f"belongs to a {new} that is new"
         elif source_name not in state:
             fresh[name] = "is not in the weights"
-        elif unlike and any(re.match(pattern, name) for pattern in network.modality_mixing):
+        elif parts[0].unlike and any(re.match(pattern, name) for pattern in network.modality_mixing):
             fresh[name] = "mixes the modalities, which are others"
         else:
-            axis = next((axis for pattern, axis in network.modality_axes.items() if re.match(pattern, name)), None)
-            pretrained = fit_positions(state[source_name], value, network, groups=axis is not None)
-            blocks = None if axis is None or not unlike else (axis, sources, len(pretrained_modalities))
-            fitted = _select_blocks(pretrained, value, *blocks) if blocks else pretrained
-            if fitted is None or fitted.shape != value.shape:
+            blocks = [(part, axis) for part in parts if (axis := part.axis(name)) is not None]
+            pretrained = fit_positions(state[source_name], value, network, groups=parts[0].axis(name) is not None)
+            fitted = _fit(pretrained, value, blocks)
+            if fitted is None:
                 fresh[name] = f"has the shape {tuple(value.shape)}, in the weights {tuple(pretrained.shape)}"
                 continue
             loaded[name] = fitted
-            if blocks:
+            if any(part.unlike for part, _ in blocks):
                 partial.append(name)
     _check_common(network, loaded, target)
     network.load_state_dict(loaded, strict=False)
     report = TransferReport(tuple(name for name in loaded if name not in partial), tuple(partial), fresh)
-    _log(report, target, dict(zip(modalities, sources, strict=True)), pretrained_modalities)
+    matched = _pairs(modalities, pretrained_modalities, matches) + _pairs(classes, pretrained_classes, indices)
+    _log(report, target, matched)
     return report
+
+
+class _Parts(NamedTuple):
+    """The modalities, or the classes, that parts of a network belong to.
+
+    Attributes:
+        what: what they are called.
+        modules: patterns of modules of one of them, see :class:`passion_monai.networks.base.Backbone`.
+        axes: patterns of parameters with one block for each, likewise.
+        sources: for each the index of its pretrained counterpart, None where it has none.
+        num_pretrained: how many there were in pretraining.
+    """
+
+    what: str
+    modules: Sequence[str]
+    axes: Mapping[str, int]
+    sources: list[int | None]
+    num_pretrained: int
+
+    @property
+    def unlike(self) -> bool:
+        """Whether they are others than in pretraining, or in another order."""
+        return self.sources != list(range(self.num_pretrained))
+
+    def axis(self, name: str) -> int | None:
+        """The axis of a parameter along which each of them has a block."""
+        return next((axis for pattern, axis in self.axes.items() if re.match(pattern, name)), None)
+
+
+def _indices(names: Sequence[str], pretrained: Sequence[str]) -> list[int | None]:
+    """For each name its index in the pretrained ones, None where it is not among them."""
+    order = list(pretrained)
+    return [order.index(name) if name in order else None for name in names]
 
 
 def _match(
@@ -154,30 +205,40 @@ def _match(
     names = [modality_names.get(name, name) for name in modalities]
     if len(set(names)) < len(names):
         raise ValueError(f"modality_names must not map two modalities to one, got {dict(modality_names)}.")
-    order = list(pretrained_modalities)
-    sources = [order.index(name) if name in order else None for name in names]
+    sources = _indices(names, pretrained_modalities)
     if all(source is None for source in sources):
         raise ValueError(
-            f"None of the modalities {list(modalities)} is among the pretrained {order}; say with modality_names which "
-            "is which."
+            f"None of the modalities {list(modalities)} is among the pretrained {list(pretrained_modalities)}; say "
+            "with modality_names which is which."
         )
     return sources
 
 
-def _source_name(name: str, modality_modules: Sequence[str], sources: Sequence[int | None]) -> str | None:
-    """The pretrained name of a parameter; None for one of a modality that has no counterpart."""
-    for pattern in modality_modules:
-        match = re.match(pattern, name)
+def _source_name(name: str, parts: Sequence[_Parts]) -> tuple[str, str | None]:
+    """The pretrained name of a parameter; or what it belongs to, a modality or a class, that has no counterpart."""
+    for part in parts:
+        match = next((match for pattern in part.modules if (match := re.match(pattern, name))), None)
         if match:
-            source = sources[int(match[1])]
-            return None if source is None else f"{name[: match.start(1)]}{source}{name[match.end(1) :]}"
-    return name
+            source = part.sources[int(match[1])]
+            if source is None:
+                return name, part.what
+            name = f"{name[: match.start(1)]}{source}{name[match.end(1) :]}"
+    return name, None
+
+
+def _fit(pretrained: Tensor, initial: Tensor, blocks: Sequence[tuple[_Parts, int]]) -> Tensor | None:
+    """A pretrained parameter with the blocks that the network has; None where it has another shape all the same."""
+    fitted: Tensor | None = pretrained
+    for part, axis in blocks:
+        if part.unlike and fitted is not None:
+            fitted = _select_blocks(fitted, initial, axis, part.sources, part.num_pretrained)
+    return fitted if fitted is not None and fitted.shape == initial.shape else None
 
 
 def _select_blocks(
     pretrained: Tensor, initial: Tensor, axis: int, sources: Sequence[int | None], num_pretrained: int
 ) -> Tensor | None:
-    """Assemble a parameter with one block per modality along an axis, after which there may be what is of none.
+    """Assemble a parameter with one block per modality or class along an axis, and after them maybe what is of none.
 
     None where the pretrained one has other blocks.
     """
@@ -202,17 +263,19 @@ def _check_common(network: Backbone, loaded: Mapping[str, Tensor], target: Mappi
         )
 
 
-def _log(
-    report: TransferReport, target: Mapping[str, Tensor], matched: Mapping[str, int | None], pretrained: Sequence[str]
-) -> None:
+def _pairs(names: Sequence[str], pretrained: Sequence[str], sources: Sequence[int | None]) -> list[str]:
+    return [
+        f"{name} is new" if source is None else f"{name} from {pretrained[source]}"
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def _log(report: TransferReport, target: Mapping[str, Tensor], matched: Sequence[str]) -> None:
     total = sum(value.numel() for value in target.values())
     taken = sum(target[name].numel() for name in (*report.transferred, *report.partial))
-    pairs = ", ".join(
-        f"{name} is new" if source is None else f"{name} from {pretrained[source]}" for name, source in matched.items()
-    )
     logger.info(
-        f"Pretrained weights: {pairs}. {len(report.transferred)} of {len(target)} parameters were taken over, "
-        f"{len(report.partial)} in part, together {100 * taken / total:.1f} % of the values."
+        f"Pretrained weights: {', '.join(matched)}. {len(report.transferred)} of {len(target)} parameters were taken "
+        f"over, {len(report.partial)} in part, together {100 * taken / total:.1f} % of the values."
     )
     reasons: dict[str, list[str]] = {}
     for name, reason in report.fresh.items():

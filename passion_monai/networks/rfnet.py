@@ -72,6 +72,8 @@ class RFNet(Backbone):
         r"fusion_decoder\.fusions\.\d+\.weightings\.\d+\.0\.weight$": 1,
         r"fusion_decoder\.fusions\.\d+\.weightings\.\d+\.2\.(weight|bias)$": 0,
     }
+    class_modules = (r"fusion_decoder\.fusions\.\d+\.weightings\.(\d+)\.",)
+    class_axes: ClassVar = {**Backbone.class_axes, r"fusion_decoder\.fusions\.\d+\.fuse_regions\.0\.conv\.weight$": 1}
 
     def __init__(
         self,

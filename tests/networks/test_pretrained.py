@@ -6,12 +6,13 @@ import itertools
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from passion_monai.networks import BACKBONES, Backbone
-from passion_monai.networks.pretrained import bundle_modalities, load_pretrained, transfer_weights
+from passion_monai.networks.pretrained import bundle_channels, load_pretrained, transfer_weights
 
 SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32},
@@ -32,10 +33,16 @@ def build(
     return network
 
 
-def transfer(source: Backbone, target: Backbone, modalities: str, pretrained: str, **kwargs: dict[str, str]):
+def transfer(source: Backbone, target: Backbone, modalities: str, pretrained: str, **kwargs: Any):
+    """With classes called 0, 1, ..., if not said otherwise."""
+    settings = {"classes": digits(target.num_classes), "pretrained_classes": digits(source.num_classes)} | kwargs
     return transfer_weights(
-        target, source.state_dict(), modalities=list(modalities), pretrained_modalities=list(pretrained), **kwargs
+        target, source.state_dict(), modalities=list(modalities), pretrained_modalities=list(pretrained), **settings
     )
+
+
+def digits(number: int) -> list[str]:
+    return [str(index) for index in range(number)]
 
 
 def image(spatial_dims: int, modalities: int) -> torch.Tensor:
@@ -100,14 +107,38 @@ def test_every_parameter_is_accounted_for(name: str, spatial_dims: int):
     assert all(not torch.equal(after[key], before[key]) for key in report.partial)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "spatial_dims"), CASES)
+def test_classes_in_another_order_are_the_same_classes(name: str, spatial_dims: int):
+    source, target = build(name, spatial_dims, classes=4), build(name, spatial_dims, classes=4, seed=1)
+    report = transfer(source, target, "abc", "abc", classes=["0", "3", "1", "2"])
+    assert report.fresh == {}
+    x = image(spatial_dims, 3)
+    torch.testing.assert_close(target(x), source(x)[:, [0, 3, 1, 2]])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", BACKBONES)
-def test_other_classes_leave_all_but_the_predictions(name: str):
+def test_what_predicts_a_class_goes_to_the_class_of_that_name(name: str):
+    source, target = build(name, classes=4), build(name, classes=3, seed=1)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    report = transfer(source, target, "abc", "abc", classes=["0", "2", "new"])
+    assert all("class that is new" in reason for reason in report.fresh.values())
+    heads = {key for key in before if key.endswith((".head.weight", ".heads.0.weight", ".head.1.weight"))}
+    assert heads
+    assert heads <= set(report.partial)
+    for key in heads:
+        ours, theirs = target.state_dict()[key], source.state_dict()[key]
+        torch.testing.assert_close(ours, torch.stack([theirs[0], theirs[2], before[key][2]]))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_classes_of_other_names_leave_all_but_the_predictions(name: str):
     target = build(name, classes=4, seed=1)
-    report = transfer(build(name), target, "abc", "abc")
-    assert "fusion_decoder.head.weight" in report.fresh or "fusion_decoder.heads.0.weight" in report.fresh
-    sizes = {key: value.numel() for key, value in target.state_dict().items()}
-    assert sum(sizes[key] for key in report.fresh) < 0.2 * sum(sizes.values())
-    assert not any(key.startswith("encoders.") for key in report.fresh)
+    transfer(build(name), target, "abc", "abc", classes=["0", "x", "y", "z"])
+    before = build(name, classes=4, seed=1).state_dict()
+    same = {key for key, value in target.state_dict().items() if torch.equal(value, before[key])}
+    assert not any(key.startswith("encoders.") for key in same)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -159,23 +190,25 @@ def test_weights_of_another_backbone_are_refused():
 
 def test_weights_come_with_their_bundle(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     channels = {"channel_def": {"0": "a", "1": "b", "2": "c"}}
+    classes = {"channel_def": {"0": "background", "1": "tumour", "2": "edema"}}
     (tmp_path / "configs").mkdir()
-    metadata = {"network_data_format": {"inputs": {"image": channels}}}
+    metadata = {"network_data_format": {"inputs": {"image": channels}, "outputs": {"pred": classes}}}
     (tmp_path / "configs" / "metadata.json").write_text(json.dumps(metadata))
     torch.save(build("rfnet").state_dict(), tmp_path / "model.pt")
     target = build("rfnet", modalities=2, classes=2, seed=1)
+    names = {"modalities": ["c", "n"], "classes": ["background", "edema"]}
     with caplog.at_level(logging.INFO):
-        load_pretrained(target, bundle=tmp_path, weights=tmp_path / "model.pt", modalities=["c", "n"])
-    assert "c from c, n is new" in caplog.text
+        load_pretrained(target, bundle=tmp_path, weights=tmp_path / "model.pt", **names)
+    assert "c from c, n is new, background from background, edema from edema" in caplog.text
     assert "Initialised anew, because it belongs to a modality that is new: encoders.1." in caplog.text
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
-        load_pretrained(target, bundle=tmp_path, weights=tmp_path / "none.pt", modalities=["c", "n"])
+        load_pretrained(target, bundle=tmp_path, weights=tmp_path / "none.pt", **names)
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="give the folder of a bundle"):
-        bundle_modalities(tmp_path)
+        bundle_channels(tmp_path, "inputs", "image")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "metadata.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not say which modality a channel of the image is"):
-        bundle_modalities(tmp_path)
+    with pytest.raises(ValueError, match="does not say what the channels of image are"):
+        bundle_channels(tmp_path, "inputs", "image")
