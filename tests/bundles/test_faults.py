@@ -70,11 +70,11 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
 
     said = run(small, "evaluate", **places)
     assert f"1 case(s) cannot be used:\nCase {bad}: t1 file" in said
-    scores = list(csv.DictReader((out / "evaluation" / "scores.csv").open()))
+    scores = list(csv.DictReader((out / "evaluation" / "scores.csv").read_text().splitlines()))
     assert {row["case"] for row in scores} == {good}
     assert len(scores) == 15 * 3
     assert "1 cases." in (out / "evaluation" / "table.md").read_text()
-    (fault,) = csv.DictReader((out / "evaluation" / "failed_cases.csv").open())
+    (fault,) = csv.DictReader((out / "evaluation" / "failed_cases.csv").read_text().splitlines())
     assert (fault["case"], fault["file"]) == (bad, str(data / bad / f"{bad}_t1.nii.gz"))
 
     said = run(small, "inference", ckpt_path=str(out / "models" / "model.pt"), **places)
