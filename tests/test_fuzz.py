@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
 import tempfile
 import tracemalloc
@@ -52,6 +53,14 @@ def attempt(read: Callable[[], Any], names: str, *others: type[Exception]) -> An
         message = str(error)
     assert names in message
     return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def silence() -> Iterator[None]:
+    """Log nothing: names of files that are no text cannot be sent from one process of the tests to another."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import signal
@@ -172,6 +173,7 @@ def run(folder: Path, fault: Fault | None = None, **settings: Any) -> int:
 
     def target() -> None:
         torch.set_num_threads(1)
+        logging.basicConfig(force=True)  # to where the test looks, instead of into this process alone
         training = Training(folder, **settings)
         if fault is not None:
             fault(training)

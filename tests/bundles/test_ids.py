@@ -56,12 +56,12 @@ def test_what_is_meant_is_taken(one_bundle: Any, tmp_path: Path):
         "own: {rate: 0.2}\nlearning_rate: '@own::rate'\ntrain::own: 2\nbatch_size: '@train::own'\n"
     )
     nested = {"phantom::num_cases": 3, "train::dataloader::num_workers": 0, "network_def::width": 4}
+    nested["pretraining::_disabled_"] = True
     initialise(
         one_bundle,
         "train",
         "finetune",
         str(tmp_path / "own.yaml"),
-        resume=True,
         tracking="mlflow",
         output_dir=str(tmp_path),
         **nested,
