@@ -47,7 +47,7 @@ def commands() -> Iterator[list[str]]:
             yield [*step_of(backbone), "--size", str(size), "--present", "2"]
         yield [*step_of(backbone), "--checkpointing", "--present", "4"]
         yield [*step_of(backbone), "--objective", "paper", "--present", "2"]
-        yield [*volume_of(backbone), "--volume", "240", "240", "155"]
+    yield [*volume_of(BACKBONES[0]), "--volume", "240", "240", "155"]
 
 
 def step_of(backbone: str) -> list[str]:

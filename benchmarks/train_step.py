@@ -52,14 +52,27 @@ def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
     return step
 
 
+def profile_of(step: Callable[[], None]) -> str:
+    """The operations that take the most time in a step, after one to warm up."""
+    step()
+    with torch.profiler.profile() as profile:
+        step()
+    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--objective", choices=("paper", "released", "baseline"), default="released")
     parser.add_argument("--checkpointing", action="store_true", help="keep no activations")
+    parser.add_argument("--profile", action="store_true", help="say what takes the time, instead of how long it is")
     arguments = parser.parse_args()
-    report(arguments, measure(train_step(arguments), arguments.repeats))
+    step = train_step(arguments)
+    if arguments.profile:
+        print(profile_of(step))
+    else:
+        report(arguments, measure(step, arguments.repeats))
 
 
 if __name__ == "__main__":

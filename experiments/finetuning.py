@@ -33,8 +33,8 @@ SETTINGS = {
     "label_values": [0, 1, 2],
     "class_names": ["background", "necrotic and non-enhancing tumour core", "edema"],
     "regions": {"WT": [1, 2], "TC": [1]},
-    "epochs": 60,
-    "val_interval": 6,
+    "epochs": 40,
+    "val_interval": 5,
     "learning_rate": 3.0e-3,
     "num_workers": 0,
 }
