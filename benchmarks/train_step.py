@@ -57,7 +57,7 @@ def profile_of(step: Callable[[], None]) -> str:
     step()
     with torch.profiler.profile() as profile:
         step()
-    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40)
+    return str(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
 
 
 def main() -> None:
