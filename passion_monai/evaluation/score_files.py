@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from passion_monai.files import complete_file
+
 __all__ = ["ScoreFiles"]
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,5 @@ def _read_rows(path: Path, cases: Collection[str]) -> list[dict[str, str]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that is complete at any time."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8", newline="")
-    unfinished.replace(path)
+    with complete_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="")
