@@ -31,6 +31,7 @@ from torch import Tensor
 
 from passion_monai import __version__
 from passion_monai.evaluation.calibration import expected_calibration_error
+from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.score_files import ScoreFiles
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
 from passion_monai.presence import combination_name, combinations
@@ -252,6 +253,8 @@ class CombinationScores:
         calibration: write ``calibration.csv`` too, the expected calibration error of each case and combination, from
             ``confidence`` int16 [P, H, W(, D)] as :class:`passion_monai.transforms.RestoreClassesd` gives it.
         weights: checkpoint that is evaluated. Scores of another one are not gone on with.
+        keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
+            class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
         settings: whatever else the scores depend on, likewise.
 
     Raises:
@@ -268,6 +271,7 @@ class CombinationScores:
         num_workers: int = 0,
         calibration: bool = False,
         weights: str | Path | None = None,
+        keep_cases: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -275,6 +279,7 @@ class CombinationScores:
         self.regions = dict(regions)
         self.num_workers = num_workers
         self.calibration = calibration
+        self.keep_cases = keep_cases
         self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
         self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
         columns = {_SCORES: SCORE_COLUMNS} | ({_CALIBRATION: _CALIBRATION_COLUMNS} if calibration else {})
@@ -287,6 +292,7 @@ class CombinationScores:
         }
         self.files = ScoreFiles(self.output_dir, columns=columns, settings=made_with)
         self._kept: set[str] = set()
+        self._shown: set[str] = set()
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[tuple[str, Future[list[Row]], list[Row]]] = deque()
 
@@ -299,7 +305,10 @@ class CombinationScores:
         Args:
             cases: dictionaries with the name as ``case``.
         """
-        self._kept = {case["case"] for case in cases}.intersection(self.files.complete_cases())
+        names = [case["case"] for case in cases]
+        self._shown = set(names[: self.keep_cases])
+        without_maps = {name for name in self._shown if not self._maps_path(name).is_file()}
+        self._kept = set(names).intersection(self.files.complete_cases()) - without_maps
         remaining = [case for case in cases if case["case"] not in self._kept]
         if self._kept:
             logger.info(
@@ -320,8 +329,14 @@ class CombinationScores:
         engine.add_event_handler(Events.COMPLETED, self._finish)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._stop)
 
+    def _maps_path(self, case: str) -> Path:
+        return self.output_dir / "maps" / f"{case}.npz"
+
     def _start(self) -> None:
         self.files.start(self._kept)
+        outdated = {*self._maps_path("*").parent.glob("*.npz")} - {*map(self._maps_path, self._kept)}
+        for path in outdated:  # of other weights, perhaps
+            path.unlink()
         if self.num_workers:
             # A forked copy of a process that computes with several threads may hang.
             context = multiprocessing.get_context("spawn")
@@ -336,6 +351,8 @@ class CombinationScores:
 
     def _score_item(self, item: Mapping[str, Any]) -> None:
         predictions, label, settings = self._checked(item)
+        if settings["case"] in self._shown:
+            self._keep_maps(item, predictions, settings)
         # Here, since confidences are as large as the class maps: they need not wait for a worker.
         calibration = self._calibration_rows(item, predictions, label, settings["names"]) if self.calibration else []
         if self._pool is None:
@@ -344,6 +361,18 @@ class CombinationScores:
             # As arrays: sharing memory between processes, as torch's tensors do, may run out of file handles.
             future = self._pool.submit(_score_arrays, predictions.numpy(), label.numpy(), settings)
             self._pending.append((settings["case"], future, calibration))
+
+    def _keep_maps(self, item: Mapping[str, Any], predictions: Tensor, settings: Mapping[str, Any]) -> None:
+        keep_case(
+            self._maps_path(settings["case"]),
+            image=item["image"],
+            presence=torch.as_tensor(item["presence"]).tolist(),
+            modalities=self.modalities,
+            label=item["label"],
+            predictions=predictions,
+            combinations=settings["names"],
+            spacing=settings["spacing"],
+        )
 
     def _calibration_rows(
         self, item: Mapping[str, Any], predictions: Tensor, label: Tensor, names: Sequence[str]

@@ -20,6 +20,8 @@ from monai.bundle import ConfigWorkflow
 
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.phantom import write_phantom
+from passion_monai.evaluation.kept_maps import read_kept_case
+from passion_monai.presence import missing_rates
 
 WORKFLOW_TYPES = {"train": "train", "evaluate": "infer", "inference": "infer"}
 
@@ -33,6 +35,47 @@ class TestTraining:
     def test_leaves_checkpoints_and_logs(self, trained: Path):
         assert {path.name for path in (trained / "models").iterdir()} == {"model.pt", "last.pt", "last.previous.pt"}
         assert list((trained / "tensorboard").glob("events*"))
+
+    def test_says_what_it_was(self, bundle: Any, trained: Path):
+        record, datalist = (json.loads((trained / f"{name}.json").read_text()) for name in ("run", "datalist"))
+        spec = get_spec(bundle.dataset)
+        assert record == {
+            "bundle": bundle.name,
+            "modalities": datalist["modalities"],
+            "dataset": bundle.dataset,
+            "phantom": True,
+            "backbone": {"mmformer": "MMFormer", "rfnet": "RFNet", "m2ftrans": "M2FTrans"}[bundle.name.split("_")[1]],
+            "class_names": list(spec.class_names),
+            "regions": {name: list(classes) for name, classes in spec.regions.items()},
+            "missing_rates": yaml.safe_load(Path(bundle.config("train")).read_text())["missing_rates"],
+            "seed": 0,
+            "objective": "passion",
+            "modality_dropout": False,
+            "lambda_pixel": 0.5,
+            "lambda_prototype": 0.1,
+            "use_task_mask": True,
+            "adaptive_beta": True,
+            "epochs": 3,
+            "learning_rate": 2e-4,
+        }
+
+    @pytest.mark.two_bundles
+    def test_says_what_each_case_had_as_the_log_does(self, bundle: Any, tmp_path: Path):
+        """A resumed training says the same."""
+        arguments: dict[str, Any] = {"output_dir": tmp_path, "epochs": 1, "val_interval": 2}
+        log = bundle.succeed("train", **arguments)
+        names = ("run.json", "presence.json")
+        before = [(tmp_path / name).read_bytes() for name in names]
+        presence = json.loads(before[1])
+        datalist = json.loads((tmp_path / "datalist.json").read_text())
+        assert list(presence["cases"]) == [case["case"] for case in datalist["training"]]
+        rates = ", ".join(
+            f"{name} {rate:.3f}"
+            for name, rate in zip(datalist["modalities"], missing_rates(list(presence["cases"].values())), strict=True)
+        )
+        assert f"missing rates: {rates}" in log
+        bundle.succeed("train", resume=True, **arguments)
+        assert [(tmp_path / name).read_bytes() for name in names] == before
 
     def test_weights_are_a_bare_state_dict_of_tensors(self, trained: Path):
         state = torch.load(trained / "models" / "model.pt", weights_only=True)
@@ -65,7 +108,7 @@ class TestTraining:
 
 class TestEvaluation:
     def test_scores_every_combination(self, bundle: Any, trained: Path):
-        bundle.succeed("evaluate", output_dir=trained)
+        bundle.succeed("evaluate", output_dir=trained, keep_cases=1)
         rows = read_csv(trained / "evaluation" / "scores.csv")
         datalist = json.loads((trained / "datalist.json").read_text())
         combinations = 2 ** len(datalist["modalities"]) - 1
@@ -77,6 +120,9 @@ class TestEvaluation:
         errors = read_csv(trained / "evaluation" / "calibration.csv")
         assert len(errors) == len(datalist["test"]) * combinations
         assert all(0 <= float(row["ece"]) <= 1 for row in errors)
+        kept = read_kept_case(trained / "evaluation" / "maps" / f"{datalist['test'][0]['case']}.npz")
+        assert kept.label.shape == nib.load(trained / "phantom" / datalist["test"][0]["label"]).shape
+        assert kept.predictions.shape == (combinations, *kept.label.shape)
 
     @pytest.mark.slow
     def test_goes_on_with_the_cases_that_are_left(self, bundle: Any, trained: Path):

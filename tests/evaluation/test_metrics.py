@@ -20,6 +20,7 @@ from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
+from passion_monai.evaluation.kept_maps import read_kept_case
 from passion_monai.evaluation.metrics import (
     EMPTY_DISTANCE,
     CombinationDiceMetric,
@@ -428,6 +429,39 @@ def test_remaining_are_the_cases_that_were_not_scored_with_the_same_weights(
     assert run(items) == ["000", "001", "002"]
     assert "['weights_sha256'] are not what they were" in caplog.text
     assert run(items, section="validation") == ["000", "001", "002"]
+
+
+def test_the_first_cases_are_kept_to_look_at(tmp_path: Path) -> None:
+    items = make_items((True, True), (False, True), (True, True))
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"first")
+
+    def run(keep_cases: int) -> list[str]:
+        scores = CombinationScores(
+            tmp_path, modalities=MODALITIES, regions=REGIONS, weights=weights, keep_cases=keep_cases
+        )
+        remaining = scores.remaining(items)
+        if remaining:
+            make_evaluator([dict(case) for case in remaining], tmp_path, scores=scores).run()
+        return [case["case"] for case in remaining]
+
+    run(keep_cases=0)
+    assert not list(tmp_path.glob("maps/*"))
+    before = read_scores(tmp_path / "scores.csv").sort_values(["case", "combination"], ignore_index=True)
+    assert run(keep_cases=2) == ["000", "001"]
+    assert run(keep_cases=2) == []
+    after = read_scores(tmp_path / "scores.csv").sort_values(["case", "combination"], ignore_index=True)
+    pd.testing.assert_frame_equal(before, after)
+    cases = {path.stem: read_kept_case(path) for path in sorted(tmp_path.glob("maps/*.npz"))}
+    assert [case.combinations.tolist() for case in cases.values()] == [["x", "y", "x+y"], ["y"]]
+    assert [case.presence.tolist() for case in cases.values()] == [[True, True], [False, True]]
+    label = items[0]["label"][0].numpy()
+    np.testing.assert_array_equal(cases["000"].predictions, [label, 0 * label, label])
+    np.testing.assert_array_equal(cases["000"].label, label)
+    assert cases["000"].spacing.tolist() == [2, 1, 4]
+    weights.write_bytes(b"second")
+    run(keep_cases=0)
+    assert not list(tmp_path.glob("maps/*"))
 
 
 def evaluate_some(output_dir: Path, *, sleep_at: int | None = None) -> None:
