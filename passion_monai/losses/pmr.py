@@ -53,7 +53,7 @@ class PMRLoss(nn.Module):
 
     def forward(self, output: DistillationOutput, label: Tensor) -> Tensor:
         """Loss, a scalar, from the passes of `SelfDistillation` and the label, int [B, 1, H, W(, D)]."""
-        one_hot = one_hot_label(label, self.num_classes, torch.float32)
+        one_hot = one_hot_label(label, self.num_classes, output.fused.features.dtype)
 
         def compare(student: DecoderOutput, rows: Tensor) -> tuple[Tensor, Tensor]:
             return prototype_scores(student.features, *select_rows((one_hot,), rows))

@@ -15,8 +15,8 @@ from passion_monai.precision import at_least_float32
 if TYPE_CHECKING:
     from passion_monai.distillation import DistillationOutput
 
-EPS = 1e-12
-"""Least norm of a feature, that of :func:`torch.nn.functional.normalize`."""
+EPS = 1e-5
+"""Least norm of a feature and of a prototype, as in the authors' code; a cosine's gradient is at most its inverse."""
 
 __all__ = [
     "PrototypeDistillationLoss",
@@ -37,7 +37,7 @@ def prototype_similarity(features: Tensor, prototypes: Tensor) -> Tensor:
 
     The products come first and are divided by the features' norms afterwards: nothing but them is as large as features.
     """
-    products = features @ F.normalize(prototypes, dim=2).mT
+    products = features @ F.normalize(prototypes, dim=2, eps=EPS).mT
     return products / torch.linalg.vector_norm(features, dim=2, keepdim=True).clamp_min(EPS)
 
 
