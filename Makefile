@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install fix lint type test test-all bundles check-bundles weights dist-bundles check clean
+.PHONY: help demo experiments install fix lint type test test-all bundles check-bundles weights dist-bundles check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: $(VENV)/.demo  ## Train, evaluate, predict and draw figures on a phantom c
 	@echo "Figures:      $(DEMO_OUTPUT)/figures/"
 	@echo "Scores:       $(DEMO_OUTPUT)/evaluation/table.md"
 	@echo "Predictions:  $(DEMO_OUTPUT)/predictions/"
+
+experiments: $(VENV)/.demo $(VENV)-snakemake/.done  ## Make the paper's tables in small, on phantoms; hours on two cores
+	OMP_NUM_THREADS=1 $(VENV)-snakemake/bin/snakemake -s experiments/Snakefile --cores 2
 
 install: $(VENV)/.dev  ## Set up .venv for development, with the commit hooks
 	$(BIN)/pre-commit install
@@ -77,7 +80,7 @@ dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
 check: lint type check-bundles test  ## All that a change must pass
 
 clean:  ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) $(DEMO_OUTPUT) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-snakemake $(DEMO_OUTPUT) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch comes first and pinned: as a mere dependency, pip would take the newest build, with several GB of GPU libraries.
 $(VENV)/.torch: $(CONSTRAINTS)
@@ -93,3 +96,9 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(PIP_INSTALL) -e ".[demo,export,tracking,dev]"
 	@touch $(VENV)/.demo $@
+
+# Apart, since snakemake and nilearn want different releases of `packaging`.
+$(VENV)-snakemake/.done:
+	$(PYTHON) -m venv $(VENV)-snakemake
+	$(VENV)-snakemake/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) snakemake
+	@touch $@
