@@ -1,4 +1,4 @@
-"""What a run was: ``run.json`` and ``presence.json`` in its folder."""
+"""What runs were: ``run.json`` and ``presence.json`` in their folders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from passion_monai.datasets.datalist import datalist_presence
+from passion_monai.datasets.phantom import is_phantom
 from passion_monai.files import complete_file
 from passion_monai.presence import write_presence
 
@@ -34,7 +35,8 @@ def write_run(
         settings: whatever else there is to say of the run, for JSON.
     """
     folder = Path(output_dir)
-    record = {"bundle": Path(bundle).name, "modalities": list(modalities), **settings}
+    phantom = is_phantom(cases[0]["label"])
+    record = {"bundle": Path(bundle).name, "modalities": list(modalities), "phantom": phantom, **settings}
     with complete_file(folder / "run.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     by_id = {case["case"]: dict(case) for case in cases}

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
+from passion_monai.datasets.phantom import write_phantom
 from passion_monai.evaluation.runs import write_run
 from passion_monai.presence import read_presence
 
@@ -13,10 +15,16 @@ MODALITIES = ("flair", "t1")
 
 
 @pytest.mark.parametrize("slices", [1, 3])
-def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, slices: int) -> None:
+@pytest.mark.parametrize("phantom", [False, True])
+def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, slices: int, phantom: bool) -> None:
+    label = tmp_path / "label.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), label)
+    if phantom:
+        write_phantom("myops", tmp_path, num_cases=1, shape=(16, 16, 1), spacing=(9, 9, 9))
+        label = next(tmp_path.glob("*/*_gd.nii.gz"))
     cases = [
-        {"case": "001", "flair": "a", "t1": "b", "presence": [False, True]},
-        {"case": "002", "flair": "a"},
+        {"case": "001", "label": label, "flair": "a", "t1": "b", "presence": [False, True]},
+        {"case": "002", "label": label, "flair": "a"},
     ]
     samples = [{**case, "slice": index} for case in cases for index in range(slices)]
     settings = {"seed": 3, "regions": {"whole": (1, 2)}, "missing_rates": None}
@@ -26,6 +34,7 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     assert record == {
         "bundle": "my_bundle",
         "modalities": ["flair", "t1"],
+        "phantom": phantom,
         "seed": 3,
         "regions": {"whole": [1, 2]},
         "missing_rates": None,
