@@ -113,17 +113,9 @@ class _Report:
 
     def sections(self) -> list[_Section]:
         """All parts of the page, in order."""
-        parts = [self._runs(), self._rates(), self._ablation(), self._combinations(), self._tests(), self._bars()]
-        return [
-            *parts,
-            self._cases(),
-            self._curves(),
-            self._contributions(),
-            self._missing_rates(),
-            self._calibration(),
-        ]
-
-    # Tables and figures -------------------------------------------------------------------------------------------
+        tables = [self._runs(), self._rates(), self._ablation(), self._combinations(), self._tests()]
+        figures = [self._bars(), self._cases(), self._curves()]
+        return [*tables, *figures, self._contributions(), self._missing_rates(), self._calibration()]
 
     def _table(self, name: str, caption: str, numbers: pd.DataFrame, text: pd.DataFrame, bold: pd.DataFrame) -> Markup:
         """A table in the page, as LaTeX, and its numbers as CSV."""
@@ -160,8 +152,6 @@ class _Report:
         with complete_file(self.folder / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
-    # Sections -----------------------------------------------------------------------------------------------------
-
     def _runs(self) -> _Section:
         columns = ("method", "backbone", "missing rates", "seeds", "epochs", "folders")
         rows = [
@@ -182,7 +172,7 @@ class _Report:
         numbers = pd.concat([group.estimates(_METRICS) for group in sorted(self.groups, key=self._rates_order)])
         rows = ["missing rates", "method", *self._backbone_key()]
         caption = f"Means over all combinations of modalities. {_INTERVALS} {_HD95}"
-        within = ["missing rates", "metric", "region"]
+        within = ["missing rates", "backbone", "metric", "region"]
         part = self._estimates("table1", caption, numbers, rows, ["metric", "region"], within)
         text = (
             f"Which method is best at which missing rates ({', '.join(self.modalities)}) of the training cases, in the "
@@ -205,7 +195,7 @@ class _Report:
             f"{_INTERVALS}"
         )
         rows = [*self._rates_key(), *self._backbone_key(), *_TICKS, "method"]
-        within = [*self._rates_key(), "metric", "region"]
+        within = ["missing rates", "backbone", "metric", "region"]
         part = self._estimates("table2", caption, numbers, rows, ["metric", "region"], within)
         text = "What is lost where a part of PASSION is left out, in the layout of the paper's Table 2."
         return _Section("ablation", title, text, [part])
@@ -272,21 +262,19 @@ class _Report:
         return _Section("bars", "Methods by combination", text, [self._figure("methods", alt, figure)])
 
     def _cases(self) -> _Section:
-        title = "Segmentations"
-        folders = {
-            group.label: next((run.folder for run in group.runs if (run.folder / "evaluation" / "maps").is_dir()), None)
-            for group in self.groups
-        }
-        kept = {label: folder / "evaluation" / "maps" for label, folder in folders.items() if folder is not None}
-        names = sorted(set.intersection(*({path.name for path in maps.glob("*.npz")} for maps in kept.values() or [])))
-        lacking = [label for label, folder in folders.items() if folder is None]
+        kept = {group.label: _kept_cases(group) for group in self.groups}
+        lacking = [label for label, paths in kept.items() if not paths]
+        maps = {label: paths for label, paths in kept.items() if paths}
+        names = sorted(set.intersection(*map(set, maps.values())))[:_MOST_CASES] if maps else []
         hint = f"No case was kept of {', '.join(lacking)}; run the evaluate workflow with --keep_cases 2."
-        figures = [self._case(name, {label: maps / name for label, maps in kept.items()}) for name in names]
+        if maps and not names:
+            hint = "No case was kept of all methods; run the evaluate workflow with the same --keep_cases for each."
+        figures = [self._case(name, {label: paths[name] for label, paths in maps.items()}) for name in names]
         text = "Slices with the images given, the label, and each method's segmentation (the paper's Figs. 4 and 5)."
-        return _Section("cases", title, text if figures else "", figures[:_MOST_CASES], hint if lacking else "")
+        missing = hint if lacking or not names else ""
+        return _Section("cases", "Segmentations", text if figures else "", figures, missing)
 
-    def _case(self, name: str, paths: Mapping[str, Path]) -> Markup:
-        case = name.removesuffix(".npz")
+    def _case(self, case: str, paths: Mapping[str, Path]) -> Markup:
         cases = {label: read_kept_case(path) for label, path in paths.items()}
         alt = f"Case {case}: each row is a combination of modalities; images, label and segmentations of each method."
         figure = plot_case(cases, class_names=self.settings["class_names"])
@@ -319,10 +307,9 @@ class _Report:
         means = pivot(numbers, "mean", ["method", "modality"], ["region"]).astype(float)
         text = pivot(numbers.assign(text=with_interval(numbers)), "text", ["method", "modality"], ["region"])
         caption = "Percentage points of Dice; in brackets the 95 % interval over the test cases."
+        alt = "Heat maps of what each modality adds to each region, in percentage points of Dice."
         parts = [
-            self._figure(
-                "contributions", "Heat maps of what each modality adds to each region.", plot_contributions(means)
-            ),
+            self._figure("contributions", alt, plot_contributions(means)),
             self._table("contributions", caption, numbers, text, nothing_bold(text)),
         ]
         sentence = "Mean Dice of the combinations with a modality minus that of the same combinations without it."
@@ -443,6 +430,12 @@ def _is_full(group: _Group) -> bool:
 def _with_ticks(numbers: pd.DataFrame, group: _Group) -> pd.DataFrame:
     marks = ["✓" if there else "" for there in group.first.ticks or ()]
     return numbers.assign(**dict(zip(_TICKS, marks, strict=True)))
+
+
+def _kept_cases(group: _Group) -> dict[str, Path]:
+    """File of each case that was kept, by its id; of several seeds the first."""
+    folders = [run.folder / "evaluation" / "maps" for run in reversed(group.runs)]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.npz"))}
 
 
 def _compared(reference: _Group, group: _Group) -> pd.DataFrame:
