@@ -136,7 +136,10 @@ def write_phantom(
 def is_phantom(path: str | Path) -> bool:
     """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
     path = Path(path)
-    return path.name.endswith(".nii.gz") and MARK.encode() in bytes(nib.load(path).header["descrip"].item())
+    if not path.name.endswith(".nii.gz"):
+        return False
+    image: Any = nib.load(path)
+    return MARK.encode() in image.header["descrip"].item()
 
 
 def _layout(dataset: str) -> _Layout:
