@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -74,7 +75,7 @@ def keep_case(
         - image: [M, H, W, D]; label: int [1, H', W', D']; predictions: int [P, H', W', D'].
     """
     to_ras = Orientation(axcodes="RAS", labels=None)
-    classes = to_ras(label.cpu())
+    classes: Any = to_ras(label.cpu())  # a MetaTensor, though typed as any tensor
     maps = to_ras(MetaTensor(predictions.cpu(), affine=label.affine.cpu()))
     grey = MetaTensor(torch.stack([_grey(convert_to_tensor(volume)) for volume in image.cpu()]), affine=image.affine)
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
@@ -111,4 +112,5 @@ def _grey(volume: Tensor) -> Tensor:
     if not inside.any():
         return torch.zeros_like(volume)
     low, high = np.percentile(volume[inside].numpy(), _SHOWN_PERCENTILES)
-    return ((volume - low) / max(high - low, 1e-6)).clamp(0, 1).where(inside, 0) * _GREY_LEVELS
+    share: Tensor = (volume - low) / max(high - low, 1e-6)
+    return share.clamp(0, 1).where(inside, 0) * _GREY_LEVELS

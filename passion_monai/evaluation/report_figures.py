@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from passion_monai.evaluation.figures import GREY, LIGHT_GREY, PREFERENCE, colour, plot_circles, plot_classes, tidy
@@ -156,7 +157,7 @@ def _plot_heat_map(ax: Axes, values: pd.DataFrame, limit: float) -> None:
 def _plot_curves(ax: Axes, tables: Sequence[pd.DataFrame], columns: Mapping[str, str]) -> None:
     """Some columns of the logs, with their colours."""
     tidy(ax)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for column, line in columns.items():
         there = [table.set_index("epoch")[column] for table in tables if column in table]
         if not there:
