@@ -97,7 +97,6 @@ def plot_curves(logs: Mapping[str, Sequence[pd.DataFrame]], *, modalities: Seque
             ax.set_xlabel("epoch")
             ax.set_title(title)
         axes[0].set_ylabel(method)
-        axes[0].set_yscale("log", nonpositive="mask")
         axes[1].axhline(0, color=GREY, linewidth=1, zorder=1)
     handles: list[Artist] = [
         Line2D([], [], color=colour(index), label=modality) for index, modality in enumerate(modalities)
