@@ -29,11 +29,11 @@ __all__ = ["main", "plot_combinations", "plot_overlay", "plot_prediction", "plot
 # Okabe and Ito's palette, which colour-blind readers can tell apart. https://jfly.uni-koeln.de/color/
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _OUTLINE = "#F0E442"
-_GREY, _LIGHT_GREY = "0.45", "0.9"
+GREY, LIGHT_GREY = "0.45", "0.9"
 _MARKERS = "os^Dv"
-_PREFERENCE = "relative_preference_"
+PREFERENCE = "relative_preference_"
 _VOLUME_NDIM = 3
-_DPI = 150
+DPI = 150
 _FEW_EPOCHS = 30
 _FEW_PREDICTIONS = 6
 
@@ -48,18 +48,18 @@ def plot_training(training_csv: str | Path) -> Figure:
         ValueError: when the log is not one, or has no epoch.
     """
     log = pd.read_csv(training_csv)
-    modalities = [column.removeprefix(_PREFERENCE) for column in map(str, log) if column.startswith(_PREFERENCE)]
+    modalities = [column.removeprefix(PREFERENCE) for column in map(str, log) if column.startswith(PREFERENCE)]
     required = ("epoch", "loss", "loss_segmentation")
     if not {*required} <= {*log} or log.empty or not modalities:
         raise ValueError(
-            f"{training_csv}: a training log has the columns {required} and {_PREFERENCE}<modality> and "
+            f"{training_csv}: a training log has the columns {required} and {PREFERENCE}<modality> and "
             f"a row per epoch, got {len(log)} rows of {list(log)}."
         )
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
     _plot_losses(axes[0, 0], log, modalities)
-    _plot_by_modality(axes[0, 1], log, modalities, column=_PREFERENCE)
-    axes[0, 1].axhline(0, color=_GREY, linewidth=1, zorder=1)
+    _plot_by_modality(axes[0, 1], log, modalities, column=PREFERENCE)
+    axes[0, 1].axhline(0, color=GREY, linewidth=1, zorder=1)
     axes[0, 1].set(title="Relative preference", ylabel="relative preference\n(below 0: neglected)")
     _plot_by_modality(axes[1, 0], log, modalities, column="beta_")
     axes[1, 0].set(title="Weight of each modality", ylabel="beta")
@@ -67,8 +67,8 @@ def plot_training(training_csv: str | Path) -> Figure:
     for ax in axes.flat:
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        _clean(ax)
-    handles = [Line2D([], [], color=_colour(index), label=modality) for index, modality in enumerate(modalities)]
+        tidy(ax)
+    handles = [Line2D([], [], color=colour(index), label=modality) for index, modality in enumerate(modalities)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, title="modality")
     return figure
 
@@ -91,7 +91,7 @@ def plot_combinations(scores: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(2.6 + 0.6 * len(names), 4.2 + 0.3 * len(modalities)), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4.2, 0.3 * len(modalities) + 0.15])
     _plot_dice(upper, scores, names)
-    _plot_circles(lower, np.stack([presence[name] for name in names]), modalities)
+    plot_circles(lower, np.stack([presence[name] for name in names]), modalities)
     return figure
 
 
@@ -135,12 +135,12 @@ def plot_overlay(
         background = slices.get(next(iter(volumes)) if name in maps else name)
         _plot_image(ax, background, slices["prediction"].shape, aspect=spacing[1] / spacing[0])
         if name in maps:
-            _plot_classes(ax, slices[name])
+            plot_classes(ax, slices[name])
         if name == "prediction" and label is not None:
             _plot_outline(ax, slices["label"])
     classes = [int(k) for k in np.unique([slices[name] for name in maps]) if k > 0]
     names = {k: class_names[k] if class_names else f"class {k}" for k in classes}
-    handles: list[Artist] = [Patch(color=_colour(k - 1), label=name) for k, name in names.items()]
+    handles: list[Artist] = [Patch(color=colour(k - 1), label=name) for k, name in names.items()]
     if label is not None:
         handles.append(Line2D([], [], color=_OUTLINE, label="outline of the label"))
     if handles:
@@ -185,11 +185,11 @@ def _read_volume(path: str | Path) -> NDArray:
 
 def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None:
     ax.plot(log["epoch"], log["loss"], color="black", label="total", **_style(log))
-    ax.plot(log["epoch"], log["loss_segmentation"], color=_GREY, label="segmentation", **_style(log))
+    ax.plot(log["epoch"], log["loss_segmentation"], color=GREY, label="segmentation", **_style(log))
     _plot_by_modality(ax, log, modalities, column="loss_pixel_", linestyle="--")
     ax.set_yscale("log", nonpositive="mask")
     ax.set(title="Loss", ylabel="loss, mean of the epoch")
-    ax.plot([], [], "--", color=_GREY, label="pixel distillation of a modality")
+    ax.plot([], [], "--", color=GREY, label="pixel distillation of a modality")
     ax.legend(fontsize="small", loc="upper right")
 
 
@@ -199,7 +199,7 @@ def _plot_by_modality(
     for index, modality in enumerate(modalities):
         if column + modality not in log:  # without the preference handler there is no beta, for example
             continue
-        ax.plot(log["epoch"], log[column + modality], linestyle, color=_colour(index), **_style(log))
+        ax.plot(log["epoch"], log[column + modality], linestyle, color=colour(index), **_style(log))
 
 
 def _style(log: pd.DataFrame) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _plot_validation(ax: Axes, log: pd.DataFrame) -> None:
     ax.set(title="Validation", ylabel="mean Dice of all combinations [%]")
     validated = log.dropna(subset="val_mean_dice") if "val_mean_dice" in log else log[:0]
     if validated.empty:
-        ax.text(0.5, 0.5, "no validation yet", transform=ax.transAxes, ha="center", color=_GREY)
+        ax.text(0.5, 0.5, "no validation yet", transform=ax.transAxes, ha="center", color=GREY)
         return
     ax.plot(validated["epoch"], 100 * validated["val_mean_dice"], "o-", color="black", markersize=4)
     ax.set_ylim(0, 100)
@@ -226,15 +226,16 @@ def _plot_dice(ax: Axes, scores: pd.DataFrame, names: Sequence[str]) -> None:
         )
         x = np.arange(len(names)) + 0.2 * (index - (len(regions) - 1) / 2)
         marker = _MARKERS[index % len(_MARKERS)]
-        ax.vlines(x, low, high, color=_colour(index), alpha=0.5, linewidth=2)
-        ax.plot(x, middle, marker, color=_colour(index), markersize=6, label=region)
+        ax.vlines(x, low, high, color=colour(index), alpha=0.5, linewidth=2)
+        ax.plot(x, middle, marker, color=colour(index), markersize=6, label=region)
     ax.set(ylim=(0, 102), ylabel="Dice [%]", title="Dice per modality combination: mean and middle half of the cases")
     ax.legend(title="region", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.tick_params(axis="x", length=0)
-    _clean(ax)
+    tidy(ax)
 
 
-def _plot_circles(ax: Axes, presence: NDArray[np.bool_], modalities: Sequence[str]) -> None:
+def plot_circles(ax: Axes, presence: NDArray[np.bool_], modalities: Sequence[str]) -> None:
+    """Columns of circles for combinations [P, M]; filled is given."""
     for mask, face in ((presence, "0.15"), (~presence, "white")):
         x, y = np.nonzero(mask)
         ax.scatter(x, y, s=70, facecolor=face, edgecolor="0.15", linewidth=1)
@@ -266,17 +267,18 @@ def _check_overlay(volumes: dict[str, NDArray], maps: dict[str, NDArray], spacin
 def _plot_image(ax: Axes, image: NDArray | None, shape: tuple[int, ...], *, aspect: float) -> None:
     """A grey image, or an empty panel of its size."""
     if image is None:
-        ax.imshow(np.zeros(shape), cmap=ListedColormap([_LIGHT_GREY]), origin="lower", aspect=aspect)
+        ax.imshow(np.zeros(shape), cmap=ListedColormap([LIGHT_GREY]), origin="lower", aspect=aspect)
         ax.text(0.5, 0.5, "not acquired", transform=ax.transAxes, ha="center", va="center", color="0.25")
         return
     low, high = np.percentile(image, (1, 99.5))
     ax.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
 
 
-def _plot_classes(ax: Axes, classes: NDArray) -> None:
+def plot_classes(ax: Axes, classes: NDArray) -> None:
+    """Fill each class of a map but the background with its colour."""
     for k in np.unique(classes[classes > 0]):
         fill = np.zeros((*classes.shape, 4))
-        fill[classes == k] = to_rgba(_colour(int(k) - 1), alpha=0.7)
+        fill[classes == k] = to_rgba(colour(int(k) - 1), alpha=0.7)
         ax.imshow(fill, origin="lower", aspect=ax.get_aspect(), interpolation="nearest")
 
 
@@ -285,12 +287,14 @@ def _plot_outline(ax: Axes, classes: NDArray) -> None:
         ax.contour(classes > 0, levels=[0.5], colors=_OUTLINE, linewidths=1.2)
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
+    """Of a class, modality or method."""
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _clean(ax: Axes) -> None:
-    ax.grid(axis="y", color=_LIGHT_GREY)
+def tidy(ax: Axes) -> None:
+    """Lines along the values instead of a frame."""
+    ax.grid(axis="y", color=LIGHT_GREY)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -333,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = arguments.output or arguments.run_dir / "figures"
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(output / name, dpi=_DPI)
+        figure.savefig(output / name, dpi=DPI)
         print(output / name)  # noqa: T201 (a command line reports by printing)
 
 

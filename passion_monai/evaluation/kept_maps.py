@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import SpatialResample
+from monai.data.utils import affine_to_spacing
+from monai.transforms import Orientation, SpatialResample
 from monai.utils import convert_to_tensor
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,7 +27,9 @@ _SHOWN_PERCENTILES = (1, 99.5)
 
 @dataclass(frozen=True)
 class KeptCase:
-    """A case on the grid of its label, with M modalities and P combinations; the arrays of its file by name.
+    """A case on the grid of its label, with axes to the right, to the front and up; the arrays of its file by name.
+
+    It has M modalities, and P combinations of them.
 
     Attributes:
         images: grey levels from 0 to 255, uint8 [M, H, W, D]; 0 outside the brain or crop and for a missing modality.
@@ -55,7 +59,6 @@ def keep_case(
     label: MetaTensor,
     predictions: Tensor,
     combinations: Sequence[str],
-    spacing: Sequence[float],
 ) -> None:
     """Write a case, its images resampled to the label's grid.
 
@@ -67,22 +70,24 @@ def keep_case(
         label: class map on the grid that the predictions have.
         predictions: class maps of P combinations.
         combinations: their names.
-        spacing: size of a voxel along each axis, in mm.
 
     Shape:
         - image: [M, H, W, D]; label: int [1, H', W', D']; predictions: int [P, H', W', D'].
     """
-    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
+    to_ras = Orientation(axcodes="RAS", labels=None)
+    classes: Any = to_ras(label.cpu())  # a MetaTensor, though typed as any tensor
+    maps = to_ras(MetaTensor(predictions.cpu(), affine=label.affine.cpu()))
     grey = MetaTensor(torch.stack([_grey(convert_to_tensor(volume)) for volume in image.cpu()]), affine=image.affine)
-    images = resample(grey, dst_affine=label.affine.cpu(), spatial_size=label.shape[1:])
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
+    images = resample(grey.cpu(), dst_affine=classes.affine, spatial_size=classes.shape[1:])
     case = KeptCase(
         images=images.round().numpy().astype(np.uint8),
         presence=np.asarray(presence, dtype=bool),
         modalities=np.array(modalities),
-        label=label[0].cpu().numpy().astype(np.uint8),
-        predictions=predictions.cpu().numpy().astype(np.uint8),
+        label=classes[0].numpy().astype(np.uint8),
+        predictions=maps.numpy().astype(np.uint8),
         combinations=np.array(combinations),
-        spacing=np.asarray(spacing, dtype=float),
+        spacing=affine_to_spacing(classes.affine).numpy(),
     )
     with complete_file(path) as unfinished:
         np.savez_compressed(unfinished, **asdict(case))
@@ -107,4 +112,5 @@ def _grey(volume: Tensor) -> Tensor:
     if not inside.any():
         return torch.zeros_like(volume)
     low, high = np.percentile(volume[inside].numpy(), _SHOWN_PERCENTILES)
-    return ((volume - low) / max(high - low, 1e-6)).clamp(0, 1).where(inside, 0) * _GREY_LEVELS
+    share: Tensor = (volume - low) / max(high - low, 1e-6)
+    return share.clamp(0, 1).where(inside, 0) * _GREY_LEVELS

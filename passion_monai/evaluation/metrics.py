@@ -371,7 +371,6 @@ class CombinationScores:
             label=item["label"],
             predictions=predictions,
             combinations=settings["names"],
-            spacing=settings["spacing"],
         )
 
     def _calibration_rows(

@@ -1,17 +1,30 @@
-"""What a run was: ``run.json`` and ``presence.json`` in its folder."""
+"""What runs were: ``run.json`` and ``presence.json`` in their folders, and the names of the methods they are of."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from passion_monai.datasets.datalist import datalist_presence
-from passion_monai.files import complete_file
-from passion_monai.presence import write_presence
+import pandas as pd
 
-__all__ = ["write_run"]
+from passion_monai.datasets.datalist import datalist_presence
+from passion_monai.datasets.phantom import is_phantom
+from passion_monai.evaluation.tables import METRICS, read_scores
+from passion_monai.files import complete_file
+from passion_monai.presence import combination_name, combinations, read_presence, write_presence
+
+__all__ = ["BASELINE", "Run", "method_name", "pooled_scores", "read_runs", "write_run"]
+
+BASELINE = "Baseline"
+_LAMBDAS = (0.5, 0.1)  # Sec. 4.2 of the paper
+_SETTINGS = (
+    *("modalities", "phantom", "dataset", "backbone", "class_names", "regions", "missing_rates", "seed", "objective"),
+    *("modality_dropout", "lambda_pixel", "lambda_prototype", "use_task_mask", "adaptive_beta", "epochs"),
+)
+_NAMES_IN_ERROR = 3
 
 
 def write_run(
@@ -34,9 +47,183 @@ def write_run(
         settings: whatever else there is to say of the run, for JSON.
     """
     folder = Path(output_dir)
-    record = {"bundle": Path(bundle).name, "modalities": list(modalities), **settings}
+    phantom = is_phantom(cases[0]["label"])
+    record = {"bundle": Path(bundle).name, "modalities": list(modalities), "phantom": phantom, **settings}
     with complete_file(folder / "run.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     by_id = {case["case"]: dict(case) for case in cases}
     presence = datalist_presence(list(by_id.values()), modalities)
     write_presence(folder / "presence.json", list(by_id), presence, modalities=modalities)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was evaluated.
+
+    Attributes:
+        folder: its folder.
+        method: name of the method; runs of one method differ in their seeds, missing rates or backbones.
+        settings: what ``run.json`` says.
+        scores: rows of :data:`passion_monai.evaluation.tables.SCORE_COLUMNS`.
+        presence: which modalities each training case had, by its id; None where there is no ``presence.json``.
+    """
+
+    folder: Path
+    method: str
+    settings: Mapping[str, Any]
+    scores: pd.DataFrame
+    presence: Mapping[str, Any] | None
+
+    @property
+    def rates(self) -> str:
+        """The missing rates that were asked for, as text, in the order of the modalities."""
+        rates = self.settings["missing_rates"]
+        if rates is not None:
+            return f"({', '.join(f'{rate:g}' for rate in rates)})"
+        complete = self.presence is not None and all(map(all, self.presence.values()))
+        return "complete" if complete else "as the cases are"
+
+    @property
+    def ticks(self) -> tuple[bool, ...] | None:
+        """Which parts of PASSION the run has, as in the paper's Table 2; None if it is none of that table's rows."""
+        if self.settings["objective"] == "baseline" and not self.settings["modality_dropout"]:
+            return (False,) * 4
+        return _ticks(self.settings) if self.settings["objective"] == "passion" else None
+
+    def optional_file(self, *parts: str) -> Path | None:
+        """A file in the run's folder, if it is there."""
+        path = self.folder.joinpath(*parts)
+        return path if path.is_file() else None
+
+
+def method_name(settings: Mapping[str, Any]) -> str:
+    """Name of the method that a training was of.
+
+    Args:
+        settings: what ``run.json`` says.
+
+    Example:
+        >>> method_name({"objective": "baseline", "modality_dropout": True})
+        '+ModDrop'
+    """
+    dropout = settings["modality_dropout"]
+    if settings["objective"] == "baseline":
+        return "+ModDrop" if dropout else BASELINE
+    names = {"released": "PASSION (released)", "reweighted": "re-weighted control", "pmr": "+PMR"}
+    return (names.get(settings["objective"]) or _passion_name(settings)) + (" +ModDrop" if dropout else "")
+
+
+def read_runs(arguments: Iterable[str]) -> list[Run]:
+    """Read evaluated runs that can stand in one report.
+
+    Args:
+        arguments: folders of runs, each perhaps with a method's name before it, ``NAME=RUN``.
+
+    Raises:
+        FileNotFoundError: naming the folder where a run was not evaluated or does not say what it was.
+        ValueError: naming the folder where a file is not what it should be, or where runs do not go together.
+    """
+    runs = [_read_run(argument) for argument in arguments]
+    for run in runs[1:]:
+        _check_pair(runs[0], run)
+    seen: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        key = (run.method, run.settings["backbone"], run.rates, run.settings["seed"])
+        if key in seen:
+            raise ValueError(
+                f"{seen[key].folder} and {run.folder} are both {run.method!r} with seed {run.settings['seed']}; leave "
+                f"one out, or give another name to one: NAME={run.folder}."
+            )
+        seen[key] = run
+    return runs
+
+
+def pooled_scores(runs: Sequence[Run]) -> pd.DataFrame:
+    """The scores of runs that differ in their seed only, with a column ``seed`` if they are several."""
+    if len(runs) == 1:
+        return runs[0].scores
+    return pd.concat([run.scores.assign(seed=run.settings["seed"]) for run in runs], ignore_index=True)
+
+
+def _ticks(settings: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Pixel-wise and prototype loss, task mask delta, adaptive beta; the mask is the second's, beta the first's."""
+    pixel, prototype = settings["lambda_pixel"] > 0, settings["lambda_prototype"] > 0
+    return pixel, prototype, bool(settings["use_task_mask"] and prototype), bool(settings["adaptive_beta"] and pixel)
+
+
+def _passion_name(settings: Mapping[str, Any]) -> str:
+    ticks = _ticks(settings)
+    lambdas = settings["lambda_pixel"], settings["lambda_prototype"]
+    parts = [part for part, there in zip(("pixel", "prototype", "δ", "β"), ticks, strict=True) if there]
+    name = "PASSION" if all(ticks) else " + ".join(parts) or "without distillation"
+    changed = any(value not in (0, paper) for value, paper in zip(lambdas, _LAMBDAS, strict=True))
+    return f"{name} (λ {lambdas[0]:g}, {lambdas[1]:g})" if changed else name
+
+
+def _read_run(argument: str) -> Run:
+    name, _, rest = argument.partition("=")
+    named = bool(rest) and not Path(argument).exists()
+    folder = Path(rest if named else argument)
+    if not (folder / "evaluation" / "scores.csv").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no evaluation/scores.csv; give the folder of a run, and run the evaluate workflow with it "
+            "as output_dir first."
+        )
+    settings = _read_settings(folder)
+    scores = _read_scores(folder, settings)
+    path = folder / "presence.json"
+    presence = read_presence(path, settings["modalities"]) if path.is_file() else None
+    return Run(folder, name if named else method_name(settings), settings, scores, presence)
+
+
+def _read_scores(folder: Path, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """The scores of a run, which must be of the modalities and regions that the run says it is of."""
+    path = folder / "evaluation" / "scores.csv"
+    remedy = "run the evaluate workflow again, to its end"
+    try:
+        scores = read_scores(path).astype(dict.fromkeys(METRICS, float))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it and {remedy}.") from error
+    if scores.empty:
+        raise ValueError(f"{path} has no scores yet; {remedy}.")
+    names = [combination_name(row, settings["modalities"]) for row in combinations(len(settings["modalities"]))]
+    unknown = sorted({*scores["combination"]} - {*names}) + sorted({*scores["region"]} ^ {*settings["regions"]})
+    if unknown:
+        raise ValueError(
+            f"{path} is of other modalities or regions than {folder / 'run.json'} says: {unknown[:_NAMES_IN_ERROR]}; "
+            f"{remedy}, with the ids that the training had."
+        )
+    return scores
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no run.json, which says what the run was; its training command with --resume True writes it."
+        )
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in _SETTINGS if key not in settings]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; the training command with --resume True writes it anew.")
+    return settings
+
+
+def _check_pair(first: Run, other: Run) -> None:
+    """Check that two runs are of the same modalities, regions and test cases."""
+    both = f"{first.folder} and {other.folder} cannot stand in one report"
+    for key in ("dataset", "modalities", "regions"):
+        if first.settings[key] != other.settings[key]:
+            raise ValueError(
+                f"{both}: their {key} are {first.settings[key]} and {other.settings[key]}. Make a report of each."
+            )
+    cases = [{*run.scores["case"]} for run in (first, other)]
+    if cases[0] != cases[1]:
+        only = sorted(cases[0] ^ cases[1])
+        raise ValueError(
+            f"{both}: {len(only)} test cases, such as {only[:_NAMES_IN_ERROR]}, are in one of them only. Train and "
+            "evaluate both with the same --datalist."
+        )

@@ -14,7 +14,7 @@ results.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["ALL", "compare", "confidence_interval", "overall", "rank_biserial", "summarise"]
+from passion_monai.presence import combination_name, combinations
+
+__all__ = ["ALL", "compare", "confidence_interval", "contributions", "overall", "rank_biserial", "summarise"]
 
 ALL = "all"
 """Stands for the mean over all combinations, or over all regions."""
@@ -123,6 +125,38 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> pd.DataFr
     for table in tables:
         table.insert(6, "p_holm", _holm(table["p"]))
     return pd.concat(tables, ignore_index=True)
+
+
+def contributions(scores: pd.DataFrame, metric: str, *, modalities: Sequence[str]) -> pd.DataFrame:
+    """What each modality adds to each region: the metric with it minus without it, all else given being the same.
+
+    The difference of a case is the mean over all combinations without the modality, each against the combination that
+    has it too.
+
+    Args:
+        scores: rows with ``case, combination, region`` and the metric, perhaps of several seeds.
+        metric: name of the column.
+        modalities: names of the M modalities, M at least 2.
+
+    Returns:
+        Columns ``modality, region, mean, low, high`` (its 95 % interval over the cases) and ``cases``.
+
+    Raises:
+        ValueError: when there is no such column, or a row is there twice or not for every seed.
+    """
+    table = _case_scores(scores, metric).unstack("combination")
+    presence = combinations(len(modalities))
+    rows = []
+    for index, modality in enumerate(modalities):
+        without = [row for row in presence if not row[index]]
+        names = [combination_name(row, modalities) for row in without]
+        more = [combination_name(row | (np.arange(len(row)) == index), modalities) for row in without]
+        before, after = table.reindex(columns=names), table.reindex(columns=more)
+        differences = pd.DataFrame(after.to_numpy() - before.to_numpy(), index=table.index).mean(axis=1)
+        for region in scores["region"].unique():
+            values = differences.xs(region, level="region").dropna()
+            rows.append((modality, region, values.mean(), *confidence_interval(values), len(values)))
+    return pd.DataFrame(rows, columns=["modality", "region", "mean", "low", "high", "cases"])
 
 
 def rank_biserial(differences: ArrayLike) -> float:

@@ -11,20 +11,24 @@ from passion_monai.evaluation.kept_maps import keep_case, read_kept_case
 
 
 def keep(path: Path) -> None:
-    """A case whose second modality is missing, with images on half the label's resolution along the first axis."""
+    """A case whose second modality is missing, with images on half the label's resolution along the first axis.
+
+    The label's second axis runs to the back.
+    """
     image = torch.zeros(2, 2, 4, 1)
     image[0] = torch.tensor([[-1.0] * 4, [3.0] * 4])[..., None]
     image[0, 0, 3] = 0.0
     label = torch.arange(16).reshape(1, 4, 4, 1) % 3
+    to_the_back = torch.diag(torch.tensor([1.0, -1, 1, 1]))
+    to_the_back[1, 3] = 3
     keep_case(
         path,
         image=MetaTensor(image, affine=torch.diag(torch.tensor([2.0, 1, 1, 1]))),
         presence=[True, False],
         modalities=["flair", "t1"],
-        label=MetaTensor(label, affine=torch.eye(4)),
+        label=MetaTensor(label, affine=to_the_back),
         predictions=label.flip(1).to(torch.int16),
         combinations=["flair"],
-        spacing=[1.0, 1.0, 1.0],
     )
 
 
@@ -41,7 +45,7 @@ def test_a_kept_case_is_on_the_grid_of_its_label(tmp_path: Path) -> None:
     assert case.modalities.tolist() == ["flair", "t1"]
     assert case.combinations.tolist() == ["flair"]
     assert case.spacing.tolist() == [1, 1, 1]
-    np.testing.assert_array_equal(case.label[..., 0], np.arange(16).reshape(4, 4) % 3)
+    np.testing.assert_array_equal(case.label[:, ::-1, 0], np.arange(16).reshape(4, 4) % 3)
     np.testing.assert_array_equal(case.predictions[0], case.label[::-1])
 
 

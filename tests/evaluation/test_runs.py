@@ -2,21 +2,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from passion_monai.evaluation.runs import write_run
+from passion_monai.datasets.phantom import write_phantom
+from passion_monai.evaluation.runs import method_name, write_run
 from passion_monai.presence import read_presence
 
 MODALITIES = ("flair", "t1")
 
 
 @pytest.mark.parametrize("slices", [1, 3])
-def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, slices: int) -> None:
+@pytest.mark.parametrize("phantom", [False, True])
+def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, slices: int, phantom: bool) -> None:
+    label = tmp_path / "label.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), label)
+    if phantom:
+        write_phantom("myops", tmp_path, num_cases=1, shape=(16, 16, 1), spacing=(9, 9, 9))
+        label = next(tmp_path.glob("*/*_gd.nii.gz"))
     cases = [
-        {"case": "001", "flair": "a", "t1": "b", "presence": [False, True]},
-        {"case": "002", "flair": "a"},
+        {"case": "001", "label": label, "flair": "a", "t1": "b", "presence": [False, True]},
+        {"case": "002", "label": label, "flair": "a"},
     ]
     samples = [{**case, "slice": index} for case in cases for index in range(slices)]
     settings = {"seed": 3, "regions": {"whole": (1, 2)}, "missing_rates": None}
@@ -26,6 +35,7 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     assert record == {
         "bundle": "my_bundle",
         "modalities": ["flair", "t1"],
+        "phantom": phantom,
         "seed": 3,
         "regions": {"whole": [1, 2]},
         "missing_rates": None,
@@ -33,3 +43,36 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     rows = read_presence(tmp_path / "presence.json", MODALITIES)
     assert list(rows) == ["001", "002"]
     np.testing.assert_array_equal(list(rows.values()), [[False, True], [True, False]])
+
+
+PASSION = {
+    "objective": "passion",
+    "modality_dropout": False,
+    "lambda_pixel": 0.5,
+    "lambda_prototype": 0.1,
+    "use_task_mask": True,
+    "adaptive_beta": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "PASSION"),
+        ({"objective": "baseline"}, "Baseline"),
+        ({"objective": "baseline", "modality_dropout": True}, "+ModDrop"),
+        ({"objective": "pmr"}, "+PMR"),
+        ({"objective": "released"}, "PASSION (released)"),
+        ({"objective": "reweighted"}, "re-weighted control"),
+        ({"modality_dropout": True}, "PASSION +ModDrop"),
+        ({"lambda_prototype": 0, "adaptive_beta": False}, "pixel"),
+        ({"lambda_pixel": 0, "use_task_mask": False}, "prototype"),
+        ({"use_task_mask": False, "adaptive_beta": False}, "pixel + prototype"),
+        ({"adaptive_beta": False}, "pixel + prototype + δ"),
+        ({"lambda_pixel": 0, "lambda_prototype": 0}, "without distillation"),
+        ({"lambda_pixel": 0.25}, "PASSION (λ 0.25, 0.1)"),
+        ({"lambda_pixel": 0.25, "lambda_prototype": 0}, "pixel + β (λ 0.25, 0)"),
+    ],
+)
+def test_method_name(changes: dict[str, Any], name: str) -> None:
+    assert method_name(PASSION | changes) == name

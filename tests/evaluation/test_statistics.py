@@ -9,7 +9,14 @@ import pytest
 from scipy import stats
 
 from passion_monai.evaluation.compare import main
-from passion_monai.evaluation.statistics import compare, confidence_interval, overall, rank_biserial, summarise
+from passion_monai.evaluation.statistics import (
+    compare,
+    confidence_interval,
+    contributions,
+    overall,
+    rank_biserial,
+    summarise,
+)
 from passion_monai.evaluation.tables import SCORE_COLUMNS
 
 CASES, COMBINATIONS, REGIONS = [f"c{n}" for n in range(12)], ("y", "x", "x+y"), ("whole", "core")
@@ -228,3 +235,32 @@ class TestCommand:
         with pytest.raises(SystemExit, match="2"):
             main([str(run), str(other)])
         assert "must have the same cases; only the first has ['c0']" in capsys.readouterr().err
+
+
+class TestContributions:
+    def test_is_what_is_gained_over_all_combinations_without_the_modality(self):
+        names = ["x", "y", "z", "x+y", "x+z", "y+z", "x+y+z"]
+        worth = {"x": 0.1, "y": 0.2, "z": 0.0}
+        rows = [
+            (case, name, region, offset + scale * sum(worth[part] for part in name.split("+")))
+            for case, offset, scale in (("a", 0.0, 1.0), ("b", 0.3, 2.0))
+            for name in names
+            for region in ("whole", "core")
+        ]
+        scores = pd.DataFrame(rows, columns=["case", "combination", "region", "dice"])
+        table = contributions(scores, "dice", modalities=("x", "y", "z"))
+        assert list(zip(table["modality"], table["region"], strict=True))[:3] == [
+            ("x", "whole"),
+            ("x", "core"),
+            ("y", "whole"),
+        ]
+        assert table["mean"].tolist() == pytest.approx([0.15, 0.15, 0.3, 0.3, 0, 0])
+        assert table.loc[2, ["low", "high"]].tolist() == pytest.approx([0.2, 0.4])
+        assert (table["cases"] == 2).all()
+
+    def test_a_case_without_a_modality_says_nothing_of_it(self):
+        rows = [("a", "x", 0.1), ("a", "y", 0.2), ("a", "x+y", 0.5), ("b", "x", 0.9)]
+        scores = pd.DataFrame(rows, columns=["case", "combination", "dice"]).assign(region="whole")
+        table = contributions(scores, "dice", modalities=("x", "y"))
+        assert table["mean"].tolist() == pytest.approx([0.3, 0.4])
+        assert table["cases"].tolist() == [1, 1]
