@@ -29,6 +29,7 @@ from passion_monai.faults import TolerantDataset
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, masked_features
 
 DATASETS = ("brats", "myops")
+PLACES = {"output_dir": "", "datalist": "list.json", "ckpt_path": "weights.pt"}
 SPACING, ROI = 1.5, 32
 ANY_SPACING = st.floats(0.7, 3.0)
 both = pytest.mark.parametrize("dataset", DATASETS)
@@ -254,9 +255,9 @@ def scores(dataset: str, files: Mapping[str, str], folder: Path) -> pd.DataFrame
     (folder / "weights.pt").touch()
     content = {"dataset": dataset, "modalities": list(get_spec(dataset).modalities), "root": str(folder)}
     content |= {"training": [], "validation": [], "test": [{"case": "x", "patient": "x", **files}]}
-    (folder / "datalist.json").write_text(json.dumps(content))
-    places = {"output_dir": str(folder), "ckpt_path": str(folder / "weights.pt")}
-    workflow(dataset, "evaluate", handlers=["@scores"], calibration=False, **places).run()
+    (folder / "list.json").write_text(json.dumps(content))
+    places = {name: str(folder / path) for name, path in PLACES.items()}
+    workflow(dataset, "evaluate", handlers=["@scores"], **places).run()
     return pd.read_csv(folder / "evaluation" / "scores.csv")
 
 
