@@ -143,6 +143,7 @@ def _image(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.arange(27.0).reshape(3, 3, 3), np.eye(4)), tmp_path / "image.nii")
 
 
+@pytest.mark.usefixtures("capsys")  # what is printed goes to no file, which would be limited too
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("again", [False, True], ids=["new", "again"])
