@@ -24,6 +24,8 @@ import torch
 from monai.bundle import create_workflow
 from torch import Tensor
 
+from passion_monai.datasets import discover, get_spec
+from passion_monai.datasets.datalist import split_cases, write_datalist
 from passion_monai.datasets.phantom import write_phantom
 
 __all__: list[str] = []
@@ -54,6 +56,14 @@ def train(output: Path, settings: dict[str, Any]) -> None:
         workflow = create_workflow(config_file=str(CONFIG), logging_file=False, **options)
         workflow.run()
         workflow.finalize()
+
+
+def write_cohort(output: Path) -> str:
+    """A phantom cohort, and its datalist with cases for validation, which the data set's own split has none of."""
+    write_phantom("myops", output / "phantom", **PHANTOM)
+    splits = split_cases(discover("myops", output / "phantom"), sizes=(9, 4, 0), seed=0)
+    write_datalist(output / "datalist.json", splits, spec=get_spec("myops"), root=output / "phantom")
+    return str(output / "datalist.json")
 
 
 def start(output: Path, settings: dict[str, Any]) -> BaseProcess:
@@ -141,9 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output.absolute()
     shutil.rmtree(output, ignore_errors=True)
-    write_phantom("myops", output / "phantom", **PHANTOM)
     torch.optim.AdamW([torch.zeros(1)])  # imports much, once for all
-    settings = {"epochs": arguments.epochs, "dataset_dir": str(output / "phantom"), "cache_dir": str(output / "cache")}
+    settings = {"epochs": arguments.epochs, "datalist": write_cohort(output), "cache_dir": str(output / "cache")}
     uninterrupted, rng, rows = references(output, settings), random.Random(arguments.seed), []
     for number in range(arguments.kills):
         workers, fault = (0, 2)[number % 2], ("SIGKILL", "SIGTERM", "SIGKILL", "SIGTERM to all")[number // 2 % 4]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
+from passion_monai.files import complete_file, make_folder
+
 __all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "find_fault", "raise_faults"]
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ def find_fault(case: Mapping[Hashable, Any], error: BaseException) -> Fault:
         error = error.__cause__  # MONAI's Compose wraps what its transforms raise
     name = str(case.get("case"))
     reason = str(error) if str(error).startswith("Case ") else f"Case {name}: {type(error).__name__}: {error}"
+    if isinstance(error, MemoryError):
+        reason += " It needs more memory than there is; fewer num_workers leave more for each."
     named = [value for key, value in case.items() if key != "case" and isinstance(value, str) and value in reason]
     return Fault(name, max(named, key=len, default=""), reason)
 
@@ -102,6 +106,7 @@ class FaultReport:
     def __call__(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> Any:
         if engine.state.iteration == 1:
             self.faults = []
+            make_folder(self.path.parent)
             self.path.unlink(missing_ok=True)
         if FAULT_KEY in batch:
             return self._skip(engine, Fault(batch["case"][0], batch["file"][0], batch[FAULT_KEY][0]))
@@ -115,8 +120,7 @@ class FaultReport:
     def _skip(self, engine: SupervisedEvaluator, fault: Fault) -> list[Any]:
         logger.error(f"Left out: {fault.reason}")
         self.faults.append(fault)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        with complete_file(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([Fault._fields, *self.faults])
         engine.state.batch = []
         return []

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["complete_file", "make_folder", "remove_unfinished", "save_complete"]
+__all__ = ["complete_file", "make_folder", "remove_unfinished", "save_complete", "writing"]
 
 _UNFINISHED = ".unfinished."
 
@@ -34,16 +34,31 @@ def complete_file(path: str | Path, *, previous: Path | None = None) -> Iterator
     make_folder(path.parent)
     unfinished = path.with_name(f"{_UNFINISHED}{os.getpid()}.{threading.get_ident()}.{path.name}")
     try:
-        yield unfinished
-        _to_disk(unfinished)
-        if previous is not None and path.is_file():
-            path.replace(previous)
-        unfinished.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        with writing(path):
+            yield unfinished
+            _to_disk(unfinished)
+            if previous is not None and path.is_file():
+                path.replace(previous)
+            unfinished.replace(path)
+            _folder_to_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
-    _folder_to_disk(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an error say what cannot be written.
+
+    Raises:
+        OSError: in place of one that comes from within, with the path and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"Cannot write {path}: {reason}. Make room or choose another folder, and run again."
+        ) from error
 
 
 def save_complete(content: Any, path: str | Path, *, previous: Path | None = None) -> None:
@@ -69,10 +84,8 @@ def make_folder(path: str | Path) -> Path:
         OSError: when it cannot be made, with the path and the remedy.
     """
     path = Path(path)
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
     return path
 
 
@@ -80,11 +93,6 @@ def remove_unfinished(folder: str | Path) -> None:
     """Remove what killed processes have left in a folder; only where no other process is writing."""
     for leftover in Path(folder).glob(f"{_UNFINISHED}*"):
         leftover.unlink(missing_ok=True)
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    reason = error.strerror or str(error)
-    return OSError(error.errno, f"Cannot write {path}: {reason}. Make room or choose another folder, and run again.")
 
 
 def _to_disk(path: Path) -> None:

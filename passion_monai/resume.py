@@ -124,7 +124,8 @@ class LastCheckpoint:
 
         Raises:
             RuntimeError: when no file can be read, or processes have read different ones.
-            ValueError: when the file does not fit the trainer's epochs, or was saved within an epoch of other batches.
+            ValueError: when the file does not fit the trainer's epochs, or was saved within an epoch that would go on
+                with other batches, workers or processes.
         """
         self._agreement = Agreement()
         trainer.add_event_handler(Events.STARTED, self._start)
@@ -139,7 +140,8 @@ class LastCheckpoint:
             try:
                 trainer.run()
             except Exception as error:
-                logger.error(f"Epoch {trainer.state.epoch}: {error} {_remedy(error)}{self._how_to_go_on()}")
+                said = str(error) or type(error).__name__
+                logger.error(f"Epoch {trainer.state.epoch}: {said} {_remedy(error)}{self._how_to_go_on()}")
                 raise
 
     # Saving. `epochs` are those completed, and `iterations` are of the one after them; when these are all there are,
@@ -170,8 +172,7 @@ class LastCheckpoint:
         content["position"] = {
             "epochs": epochs,
             "iterations": iterations,
-            "epoch_length": trainer.state.epoch_length,
-            "processes": idist.get_world_size(),
+            **_conditions(trainer),
         }
         content["scaler"] = trainer.scaler.state_dict() if trainer.scaler is not None else {}
         if idist.get_rank() == 0:
@@ -197,23 +198,28 @@ class LastCheckpoint:
         self._check_position(trainer, position)
         logger.info(f"The training goes on from {self.path}: {self._saved}.")
         state.epoch = epochs
-        state.iteration = epochs * state.epoch_length + iterations
-        if iterations == state.epoch_length:
+        state.iteration = epochs * state.epoch_length
+        if iterations == position["epoch_length"]:
             state.epoch += 1
+            state.iteration += state.epoch_length
             trainer.fire_event(Events.EPOCH_COMPLETED)
         elif iterations > 0:
+            state.iteration += iterations
             state.dataloader = _Remaining(trainer.data_loader, iterations)
 
     def _check_position(self, trainer: Workflow, position: Mapping[str, int]) -> None:
         begun = position["epochs"] + (position["iterations"] > 0)
         if begun > trainer.state.max_epochs:
             raise ValueError(f"{self.path} is from epoch {begun}: epochs must not be {trainer.state.max_epochs}.")
-        then = position["epoch_length"], position["processes"]
-        now = trainer.state.epoch_length, idist.get_world_size()
-        if position["iterations"] > 0 and now != then:
+        now = _conditions(trainer)
+        if position["iterations"] in (0, position["epoch_length"]):
+            # Batches begin anew. But before the end of an epoch each process has sums of its own.
+            now = {"processes": now["processes"]} if position["iterations"] else {}
+        changed = [f"{name} {position[name]} instead of {now[name]}" for name in now if position[name] != now[name]]
+        if changed:
             raise ValueError(
-                f"{self.path} was saved within an epoch of {then[0]} iterations on {then[1]} processes, and this run "
-                f"has {now[0]} on {now[1]}: use the same data, batch_size and number of processes."
+                f"{self.path} was saved within an epoch, with {', '.join(changed)}: go on with the same data, "
+                "batch_size, num_workers and number of processes; other ones are fine from the end of an epoch on."
             )
 
     # Ending
@@ -282,6 +288,13 @@ class _Remaining:
         return itertools.islice(self.loader, done, None)
 
 
+def _conditions(trainer: Workflow) -> dict[str, int]:
+    """What must not change within an epoch, for the rest of it to be the same."""
+    loader = trainer.data_loader
+    own = {"batch_size": loader.batch_size, "num_workers": loader.num_workers} if isinstance(loader, DataLoader) else {}
+    return {"epoch_length": trainer.state.epoch_length, "processes": idist.get_world_size(), **own}
+
+
 def _as_text(epochs: int, iterations: int) -> str:
     return f"{epochs} epochs" + (f" and {iterations} iterations" if iterations else "")
 
@@ -324,4 +337,5 @@ def _start_worker(worker: int, *, then: Callable[[int], None] | None) -> None:
 
 
 def _remedy(error: Exception) -> str:
-    return next((remedy + " " for text, remedy in _REMEDIES.items() if text in str(error).lower()), "")
+    said = f"{type(error).__name__}: {error}".lower()
+    return next((remedy + " " for text, remedy in _REMEDIES.items() if text in said), "")

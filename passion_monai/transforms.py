@@ -181,6 +181,8 @@ class LoadCased(MapTransform):
     def _read(self, data: Data, key: Hashable) -> MetaTensor:
         try:
             image = self._load(str(data[key]))
+        except MemoryError:
+            raise  # which says nothing of the file
         # Readers of several libraries stand behind this, each with errors of its own.
         except Exception as error:
             raise ValueError(

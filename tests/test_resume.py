@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,74 @@ def test_killed_and_resumed_is_never_interrupted(
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.previous.pt", "model.pt", "training.csv"}
 
 
+def kill_a_worker() -> None:
+    """As a system does that is short of memory; torch notices within a second."""
+    multiprocessing.active_children()[0].kill()
+    time.sleep(5)
+
+
+def raise_error(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def full_disk(count: int) -> Fault:
+    """A disk that is full when the n-th file is written."""
+
+    def inject(_: Training) -> None:
+        fsync, number = os.fsync, iter(range(1, 1000))
+
+        def fail(descriptor: int) -> None:
+            if next(number) == count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
+
+        os.fsync = fail
+
+    return inject
+
+
+FAILURES: dict[str, tuple[int, Fault, str]] = {
+    "a worker is killed": (
+        2,
+        at(Events.ITERATION_STARTED, 6, kill_a_worker),
+        "A process that loads cases was ended, often for lack of memory: try fewer num_workers",
+    ),
+    "a worker is killed in validation": (
+        2,
+        at(Events.ITERATION_STARTED, 2, kill_a_worker, engine="validator"),
+        "A process that loads cases was ended",
+    ),
+    "no memory": (0, at(Events.ITERATION_STARTED, 6, raise_error(MemoryError())), "Epoch 2: MemoryError Try a smaller"),
+    "no memory on the device": (
+        0,
+        at(Events.ITERATION_STARTED, 6, raise_error(torch.OutOfMemoryError("CUDA out of memory."))),
+        "Epoch 2: CUDA out of memory. Try a smaller batch_size or roi_size, or activation_checkpointing.",
+    ),
+    "full before the first": (0, full_disk(1), "training.csv: No space left on device. Make room"),
+    **{
+        f"full at {count}": (0, full_disk(count), f"{os.strerror(errno.ENOSPC)}. Make room or choose another folder")
+        for count in range(2, 10)
+    },
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_fails_says_what_and_is_resumed_exactly(
+    reference: Any, tmp_path: Path, failure: str, capfd: pytest.CaptureFixture[str]
+):
+    num_workers, fault, said = FAILURES[failure]
+    assert run(tmp_path, fault, num_workers=num_workers) == 1
+    error = capfd.readouterr().err
+    assert said in error
+    assert "The same command with --resume True goes on from there." in error
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert run(tmp_path, num_workers=num_workers, resume=True) == 0
+    assert results(tmp_path) == reference(num_workers)
+
+
 def test_a_signal_is_said_and_what_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
     assert "1 epochs and 2 iterations. The same command with --resume True goes on" in capfd.readouterr().err
@@ -294,8 +363,34 @@ class TestFilesThatDoNotFit:
 
     def test_other_batches_within_an_epoch(self, tmp_path: Path):
         assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
-        with pytest.raises(ValueError, match="within an epoch of 4 iterations on 1 processes, and this run has 7 on 1"):
+        with pytest.raises(
+            ValueError, match="within an epoch, with epoch_length 4 instead of 7, batch_size 2 instead of 1"
+        ):
             self.resume(tmp_path, batch_size=1)
+
+    def test_other_workers_within_an_epoch(self, tmp_path: Path):
+        assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
+        with pytest.raises(ValueError, match="within an epoch, with num_workers 0 instead of 2: go on with the same"):
+            self.resume(tmp_path, num_workers=2)
+
+    def test_other_processes_within_an_epoch(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """At its end too: each process has sums of its own."""
+        for fault in ("within an epoch", "within validation"):
+            assert run(tmp_path, FAULTS[fault](terminate)) == -signal.SIGTERM
+            monkeypatch.setattr("passion_monai.resume._conditions", lambda trainer: {"processes": 2})
+            with pytest.raises(ValueError, match="within an epoch, with processes 1 instead of 2"):
+                self.resume(tmp_path)
+            monkeypatch.undo()
+
+    @pytest.mark.parametrize("changed", [{"num_workers": 2}, {"batch_size": 1}], ids=str)
+    def test_other_batches_when_only_the_validation_is_left(self, tmp_path: Path, changed: dict[str, int]):
+        """As when a worker ran out of memory in it."""
+        assert run(tmp_path, FAULTS["within validation"](kill)) == -signal.SIGKILL
+        training = Training(tmp_path, resume=True, **changed)
+        training.run()
+        assert training.trainer.state.epoch == EPOCHS
+        assert training.trainer.state.iteration == EPOCHS * training.trainer.state.epoch_length
+        assert len((tmp_path / "training.csv").read_text().splitlines()) == 1 + EPOCHS
 
     def test_other_batches_between_epochs(self, tmp_path: Path):
         assert run(tmp_path, epochs=2) == 0

@@ -34,6 +34,7 @@ from passion_monai.evaluation.calibration import expected_calibration_error
 from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.score_files import ScoreFiles
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
+from passion_monai.files import complete_file
 from passion_monai.presence import combination_name, combinations
 
 __all__ = [
@@ -402,8 +403,13 @@ class CombinationScores:
         self._write_table()
 
     def _write_table(self) -> None:
+        path = self.output_dir / "table.md"
+        if not self.files.cases:  # all have failed
+            path.unlink(missing_ok=True)
+            return
         table = report(read_scores(self.output_dir / _SCORES), modalities=self.modalities, regions=self.regions)
-        (self.output_dir / "table.md").write_text(table, encoding="utf-8")
+        with complete_file(path) as unfinished:
+            unfinished.write_text(table, encoding="utf-8")
 
     def _stop(self, _engine: Engine, error: Exception) -> None:
         """Write what was predicted before an error, then let the error go on: it is the first, and the one to mend."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from passion_monai.files import complete_file
+from passion_monai.files import complete_file, make_folder, writing
 
 __all__ = ["ScoreFiles"]
 
@@ -56,7 +56,7 @@ class ScoreFiles:
 
     def start(self, keep: Collection[str] = ()) -> None:
         """Begin to write, keeping the rows of some complete cases."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.cases = [case for case in self.complete_cases() if case in keep] if keep else []
         for name, columns in self.columns.items():
             rows = _read_rows(self.folder / name, self.cases) if self.cases else []
@@ -64,10 +64,15 @@ class ScoreFiles:
         self._write_record()
 
     def append(self, case: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Write a case's rows for each file."""
+        """Write a case's rows for each file.
+
+        Raises:
+            OSError: when they cannot be written, with the path and the remedy; the case is then none that is complete.
+        """
         for name, columns in self.columns.items():
             frame = pd.DataFrame(rows[name], columns=list(columns))
-            frame.to_csv(self.folder / name, mode="a", header=False, index=False)
+            with writing(self.folder / name):
+                frame.to_csv(self.folder / name, mode="a", header=False, index=False)
         self.cases.append(case)
         self._write_record()
 

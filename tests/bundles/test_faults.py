@@ -13,8 +13,10 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from passion_monai.datasets.phantom import write_phantom
+from passion_monai.networks import RFNet
 
 pytestmark = pytest.mark.parametrize("bundle", ["brats_rfnet_passion"], indirect=True)
+SAID = ("Checkpoint", "1 case", "2 case", "3 case", "[Errno")  # how errors of ours begin, whose cause says less
 
 
 class Harmful:
@@ -39,15 +41,15 @@ def small(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def run(bundle: Any, *files: str, run_id: str = "run", **overrides: Any) -> str:
-    """What a workflow ends with: nothing, or the text of the first error."""
+    """What a workflow ends with: nothing, or the text of the error that says most."""
     settings = bundle.small | {"bundle_root": str(bundle.folder)} | overrides
     config = [str(bundle.folder / "configs" / f"{name}.yaml") for name in files]
     workflow = ConfigWorkflow(config, workflow_type=None, logging_file=False, run_id=run_id, **settings)
     try:
         workflow.initialize()
         workflow.run()
-    except (RuntimeError, ValueError) as error:
-        while error.__cause__ is not None and not str(error).startswith(("Checkpoint", "1 case", "2 case", "3 case")):
+    except (OSError, RuntimeError, ValueError) as error:
+        while error.__cause__ is not None and not str(error).startswith(SAID):
             error = error.__cause__
         return str(error)
     return ""
@@ -89,6 +91,57 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
     said = run(small, "train", run_id="check", **places)
     assert "3 case(s) cannot be used" in said
     assert "the other 3 cases are in order" in said
+
+
+@pytest.fixture
+def untrained(small: Any, tmp_path: Path) -> dict[str, str]:
+    """Two cases to segment and to score, and weights of which nothing is expected."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 2}))
+    names = sorted(path.name for path in data.iterdir())
+    files = ("flair", "t1ce", "t1", "t2")
+    cases = [
+        {"case": name, "patient": name, "label": f"{name}/{name}_seg.nii.gz"}
+        | {key: f"{name}/{name}_{key}.nii.gz" for key in files}
+        for name in names
+    ]
+    content = {"dataset": "brats", "modalities": files, "root": str(data), "test": cases}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    network = RFNet(3, 4, 4, img_size=32, width=4)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return {"dataset_dir": str(data), "output_dir": str(out), "ckpt_path": str(tmp_path / "model.pt")}
+
+
+def test_nothing_but_bad_cases(small: Any, untrained: dict[str, str], tmp_path: Path):
+    data, out = Path(untrained["dataset_dir"]), tmp_path / "out"
+    names = sorted(path.name for path in data.iterdir())
+    for name in names:
+        spoil(data, name)
+    said = run(small, "evaluate", datalist=str(tmp_path / "datalist.json"), **untrained)
+    assert "2 case(s) cannot be used" in said
+    assert all(f"Case {name}: t1 file" in said for name in names)
+    assert len((out / "evaluation" / "scores.csv").read_text().splitlines()) == 1
+    assert not (out / "evaluation" / "table.md").exists()
+    said = run(small, "inference", **untrained)
+    assert "2 case(s) cannot be used" in said
+    assert [path.name for path in (out / "predictions").iterdir()] == ["failed_cases.csv"]
+
+
+def test_predictions_and_scores_that_cannot_be_written_end_the_run_and_are_made_later(
+    small: Any, untrained: dict[str, str], tmp_path: Path
+):
+    datalist, out = str(tmp_path / "datalist.json"), tmp_path / "out"
+    out.mkdir()
+    for name, settings in (("predictions", ["inference"]), ("evaluation", ["evaluate"])):
+        (out / name).touch()
+        more = {"datalist": datalist} if name == "evaluation" else {}
+        said = run(small, *settings, **untrained, **more)
+        assert f"Cannot write {out / name}" in said
+        assert "Make room or choose another folder, and run again." in said
+        (out / name).unlink()
+        assert run(small, *settings, **untrained, **more) == ""
+    assert len(list((out / "predictions").glob("*_seg.nii.gz"))) == 2
+    assert "2 cases." in (out / "evaluation" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("where", ["evaluate", "inference", "finetune", "resume"])

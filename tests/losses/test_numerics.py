@@ -167,8 +167,8 @@ def test_extremes_are_finite(objective: str, label: str, values: str):
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 4.0, 100.0])
-def test_a_temperature_changes_no_gradient_but_by_its_factor(temperature: float):
-    """In float32 as in float64, where logits are soft at this temperature and where they are not."""
+def test_gradients_at_any_temperature_are_those_of_double_precision(temperature: float):
+    """Where logits are soft at this temperature, and where they are not."""
     for scale in (1.0, 100.0, temperature):
         results = []
         for dtype in (torch.float32, torch.float64):
@@ -208,6 +208,19 @@ def test_a_feature_of_0_has_a_gradient_of_bounded_size():
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(PrototypeDistillationLoss(K)(student, teacher, LABEL)[0].sum(), student)
     assert 1 < float(gradient.abs().max()) < 4e5 / SIZE**2
+
+
+def test_a_class_of_one_voxel_counts_as_any_other():
+    student, teacher = (passes(drawing([], seed=seed)).fused.features.detach()[:1] for seed in (0, 1))
+    label = one_voxel(LABEL[:1])
+
+    def similarity(features: Tensor) -> Tensor:
+        flat, inside = features.flatten(2), label.flatten(2) == 1
+        rest = ((flat * ~inside).sum(dim=2) / (SIZE**2 - 1))[:, :, None]
+        return torch.stack([torch.cosine_similarity(flat, other) for other in (rest, flat[:, :, :1])])
+
+    expected = (similarity(student) - similarity(teacher)).square().mean()
+    torch.testing.assert_close(PrototypeDistillationLoss(K)(student, teacher, label)[0][0], expected)
 
 
 def random_problem(seed: int, samples: int) -> tuple[DistillationOutput, Tensor, list[Tensor], int, int]:
