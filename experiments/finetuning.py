@@ -62,13 +62,12 @@ def write_cohort(folder: Path) -> Path:
 
 
 def train(start: str, seed: int, datalist: Path, output_dir: Path) -> pd.DataFrame:
-    """One training; its validation Dice by epoch."""
-    if not (output_dir / "models" / "last.pt").is_file():
-        files = [str(BUNDLE / "configs" / f"{name}.yaml") for name in STARTS[start]]
-        settings = SETTINGS | {"seed": seed, "datalist": datalist, "output_dir": output_dir, "simulate_missing": False}
-        options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(files), *options]
-        subprocess.run(command, check=True)
+    """One training, which goes on if it was stopped; its validation Dice by epoch."""
+    files = [str(BUNDLE / "configs" / f"{name}.yaml") for name in STARTS[start]]
+    settings = SETTINGS | {"seed": seed, "datalist": datalist, "output_dir": output_dir, "simulate_missing": False}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(files), *options]
+    subprocess.run([*command, "--resume", "True"], check=True)
     log = pd.read_csv(output_dir / "training.csv").dropna(subset="val_mean_dice")
     return log[["epoch", "val_mean_dice"]].assign(start=start, seed=seed)
 
