@@ -215,7 +215,8 @@ class LastCheckpoint:
         if position["iterations"] in (0, position["epoch_length"]):
             # Batches begin anew. But before the end of an epoch each process has sums of its own.
             now = {"processes": now["processes"]} if position["iterations"] else {}
-        changed = [f"{name} {position[name]} instead of {now[name]}" for name in now if position[name] != now[name]]
+        then = {**now, **position}
+        changed = [f"{name} {then[name]} instead of {now[name]}" for name in now if then[name] != now[name]]
         if changed:
             raise ValueError(
                 f"{self.path} was saved within an epoch, with {', '.join(changed)}: go on with the same data, "

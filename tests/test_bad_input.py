@@ -678,6 +678,12 @@ def test_bad_weights_are_refused_and_change_nothing(tmp_path: Path, bad: Bad):
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_documentation_has_them_all():
+    tables = (FILES, DATALISTS, TEXTS, FOLDERS, FILES_OF_ONE_CASE, RATES, PRESENCES, SETTINGS, WEIGHTS)
+    text = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert [row.user for rows in tables for row in rows if f"| {row.user} | " not in text] == []
+
+
 def test_weights_fit_the_crop_of_their_training(tmp_path: Path):
     save(lambda: small(MMFormer, **TOKENS))(tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"does not fit this MMFormer: .* have another shape .*roi_size"):
