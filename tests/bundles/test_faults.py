@@ -98,7 +98,7 @@ def untrained(small: Any, tmp_path: Path) -> dict[str, str]:
     """Two cases to segment and to score, and weights of which nothing is expected."""
     data, out = tmp_path / "data", tmp_path / "out"
     write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 2}))
-    names = sorted(path.name for path in data.iterdir())
+    names = sorted(path.name for path in data.iterdir() if path.is_dir())
     files = ("flair", "t1ce", "t1", "t2")
     cases = [
         {"case": name, "patient": name, "label": f"{name}/{name}_seg.nii.gz"}
@@ -114,7 +114,7 @@ def untrained(small: Any, tmp_path: Path) -> dict[str, str]:
 
 def test_nothing_but_bad_cases(small: Any, untrained: dict[str, str], tmp_path: Path):
     data, out = Path(untrained["dataset_dir"]), tmp_path / "out"
-    names = sorted(path.name for path in data.iterdir())
+    names = sorted(path.name for path in data.iterdir() if path.is_dir())
     for name in names:
         spoil(data, name)
     said = run(small, "evaluate", datalist=str(tmp_path / "datalist.json"), **untrained)

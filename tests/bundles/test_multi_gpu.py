@@ -101,7 +101,7 @@ def test_a_process_without_any_modality_of_the_other(bundle: Any, tmp_path: Path
     """In each step one process has FLAIR alone, and the other one all but FLAIR."""
     write_phantom("brats", tmp_path / "data", **(bundle.small["phantom"] | {"num_cases": 4}))
     modalities, entries = ("flair", "t1ce", "t1", "t2"), []
-    for index, folder in enumerate(sorted((tmp_path / "data").iterdir())):
+    for index, folder in enumerate(sorted(path for path in (tmp_path / "data").iterdir() if path.is_dir())):
         case = folder.name
         files = {name: f"{case}/{case}_{name}.nii.gz" for name in (modalities[1:] if index % 2 else modalities[:1])}
         entries.append({"case": case, "patient": case, "label": f"{case}/{case}_seg.nii.gz", **files})
