@@ -81,7 +81,7 @@ def plot(results: pd.DataFrame, path: Path) -> None:
         axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], alpha=0.2, color=line.get_color())
     axes.set(xlabel="epoch (4 steps each)", ylabel="validation Dice in %, mean\nof all combinations and regions")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right", title="4 phantom cases, 3 sequences, 2 labels")
+    axes.legend(loc="center right", title="4 phantom cases, 3 sequences, 2 labels")
     figure.savefig(path, dpi=120)
 
 
