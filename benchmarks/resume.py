@@ -164,8 +164,7 @@ def main() -> None:
         rows.append({"fault": fault, "workers": workers} | result)
         print(f"{number + 1} of {arguments.kills}: {rows[-1]} after {seconds:.1f} of {duration:.1f} s", file=sys.stderr)
     counts = {
-        "tried": ("killed", "size"),
-        "killed": ("killed", "sum"),
+        "tried": ("lost", "size"),
         "lost": ("lost", "sum"),
         "wrong": ("wrong", "sum"),
     }
