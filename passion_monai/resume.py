@@ -9,6 +9,7 @@ import signal
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,7 +203,10 @@ class LastCheckpoint:
         if iterations == position["epoch_length"]:
             state.epoch += 1
             state.iteration += state.epoch_length
-            trainer.fire_event(Events.EPOCH_COMPLETED)
+            with warnings.catch_warnings():
+                # The optimizer's steps of this epoch came before the training was stopped.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                trainer.fire_event(Events.EPOCH_COMPLETED)
         elif iterations > 0:
             state.iteration += iterations
             state.dataloader = _Remaining(trainer.data_loader, iterations)
