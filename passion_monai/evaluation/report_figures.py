@@ -91,8 +91,8 @@ def plot_curves(logs: Mapping[str, Sequence[pd.DataFrame]], *, modalities: Seque
     rows = figure.subplots(len(logs), len(_CURVES), squeeze=False, sharex="row", sharey="col")
     for axes, (method, tables) in zip(rows, logs.items(), strict=True):
         for ax, (title, column) in zip(axes, _CURVES, strict=True):
-            columns = {"loss": "black"} if column == "loss" else {}
-            columns |= {column + name: colour(index) for index, name in enumerate(modalities)} if not columns else {}
+            of_modalities = {column + name: colour(index) for index, name in enumerate(modalities)}
+            columns = {"loss": "black"} if column == "loss" else of_modalities
             _plot_curves(ax, tables, columns)
             ax.set_xlabel("epoch")
             ax.set_title(title)
