@@ -11,16 +11,24 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from passion_monai.files import complete_file, make_folder
 
-__all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "find_fault", "raise_faults"]
+__all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "find_fault", "find_remedy", "raise_faults"]
 
 logger = logging.getLogger(__name__)
 
 FAULT_KEY = "fault"
+_DEAD_WORKER = "DataLoader worker"  # torch raises it at once, in whatever the main process does
+_REMEDIES = {
+    _DEAD_WORKER.lower(): "A process that loads cases was ended, often for lack of memory: try fewer num_workers, or "
+    "more shared memory for a container. ",
+    "memory": "Try a smaller batch_size or roi_size, or activation_checkpointing. ",
+}
+"""What may help where an error has the text."""
 
 
 class Fault(NamedTuple):
@@ -45,8 +53,16 @@ def find_fault(case: Mapping[Hashable, Any], error: BaseException) -> Fault:
     reason = str(error) if str(error).startswith("Case ") else f"Case {name}: {type(error).__name__}: {error}"
     if isinstance(error, MemoryError):
         reason += " It needs more memory than there is; fewer num_workers leave more for each."
+    if isinstance(error, torch.OutOfMemoryError):
+        reason += " Try a smaller window_batch_size or roi_size, or the CPU."
     named = [value for key, value in case.items() if key != "case" and isinstance(value, str) and value in reason]
     return Fault(name, max(named, key=len, default=""), reason)
+
+
+def find_remedy(error: Exception) -> str:
+    """What may help where a whole run was ended by an error, as a sentence; empty where nothing is known."""
+    said = f"{type(error).__name__}: {error}".lower()
+    return next((remedy for text, remedy in _REMEDIES.items() if text in said), "")
 
 
 def raise_faults(faults: Iterable[Fault], *, outcome: str = "Mend or remove these; nothing was computed yet.") -> None:
@@ -92,8 +108,9 @@ class FaultReport:
     """Lets an evaluator go on after a case that failed, and names all such cases in the end.
 
     Give it to MONAI's evaluator as ``iteration_update``, over a loader of a :class:`TolerantDataset` with batches of
-    one case. Failures of the network, and of what comes after it, count too; but a disk that cannot be written to stops
-    the run, as it would fail for every case. For handlers, a case that failed is an empty batch.
+    one case, and run the evaluator by it. Failures of the network, and of what comes after it, count too; but a disk
+    that cannot be written to, or the end of a process that loads cases, stops the run. For handlers, a case that failed
+    is an empty batch.
 
     Args:
         path: CSV file with ``case``, ``file`` and ``reason``, written with every fault; there is none without faults.
@@ -103,17 +120,30 @@ class FaultReport:
         self.path = Path(path)
         self.faults: list[Fault] = []
 
+    def run(self, evaluator: SupervisedEvaluator) -> None:
+        """Run an evaluator over all cases.
+
+        Raises:
+            ValueError: when there was a fault, naming all of them.
+        """
+        self.faults = []
+        make_folder(self.path.parent)
+        self.path.unlink(missing_ok=True)
+        try:
+            evaluator.run()
+        except Exception as error:
+            said = str(error) or type(error).__name__
+            logger.error(f"{said} {find_remedy(error)}What was written before is complete; run the same command again.")
+            raise
+        raise_faults(self.faults, outcome=f"These are listed in {self.path}; all other cases are complete.")
+
     def __call__(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> Any:
-        if engine.state.iteration == 1:
-            self.faults = []
-            make_folder(self.path.parent)
-            self.path.unlink(missing_ok=True)
         if FAULT_KEY in batch:
             return self._skip(engine, Fault(batch["case"][0], batch["file"][0], batch[FAULT_KEY][0]))
         try:
             return engine._iteration(engine, batch)
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error.__cause__, OSError):
+        except (MemoryError, RuntimeError, ValueError) as error:
+            if isinstance(error.__cause__, OSError) or _DEAD_WORKER in str(error):
                 raise
             return self._skip(engine, find_fault({"case": batch["case"][0]}, error))
 
@@ -124,11 +154,3 @@ class FaultReport:
             csv.writer(file).writerows([Fault._fields, *self.faults])
         engine.state.batch = []
         return []
-
-    def finish(self) -> None:
-        """End a run.
-
-        Raises:
-            ValueError: when there was a fault, naming all of them.
-        """
-        raise_faults(self.faults, outcome=f"These are listed in {self.path}; all other cases are complete.")

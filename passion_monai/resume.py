@@ -28,6 +28,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from passion_monai.distributed import Agreement
+from passion_monai.faults import find_remedy
 from passion_monai.files import remove_unfinished, save_complete
 
 __all__ = ["LastCheckpoint", "PolynomialLR", "Seeding"]
@@ -35,12 +36,6 @@ __all__ = ["LastCheckpoint", "PolynomialLR", "Seeding"]
 logger = logging.getLogger(__name__)
 _BROKEN = (BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 """What `zipfile` raises for files that are cut off or damaged."""
-_REMEDIES = {
-    "dataloader worker": "A process that loads cases was ended, often for lack of memory: try fewer num_workers, or "
-    "more shared memory for a container.",
-    "memory": "Try a smaller batch_size or roi_size, or activation_checkpointing.",
-}
-"""What may help where torch's message has the text."""
 
 
 class Seeding:
@@ -142,7 +137,7 @@ class LastCheckpoint:
                 trainer.run()
             except Exception as error:
                 said = str(error) or type(error).__name__
-                logger.error(f"Epoch {trainer.state.epoch}: {said} {_remedy(error)}{self._how_to_go_on()}")
+                logger.error(f"Epoch {trainer.state.epoch}: {said} {find_remedy(error)}{self._how_to_go_on()}")
                 raise
 
     # Saving. `epochs` are those completed, and `iterations` are of the one after them; when these are all there are,
@@ -339,8 +334,3 @@ def _start_worker(worker: int, *, then: Callable[[int], None] | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
-
-
-def _remedy(error: Exception) -> str:
-    said = f"{type(error).__name__}: {error}".lower()
-    return next((remedy + " " for text, remedy in _REMEDIES.items() if text in said), "")

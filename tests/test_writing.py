@@ -72,9 +72,8 @@ def list_cases(folder: Path) -> None:
 
 
 def report_fault(folder: Path) -> None:
-    engine = Engine(lambda *_: None)
-    engine.state.iteration = 2  # the first removes the file of an earlier run
-    FaultReport(folder / "failed_cases.csv")(engine, {"case": ["x"], "file": ["x.nii"], FAULT_KEY: ["no image" * 9]})
+    fault = {"case": ["x"], "file": ["x.nii"], FAULT_KEY: ["no image" * 9]}
+    FaultReport(folder / "failed_cases.csv")(Engine(lambda *_: None), fault)
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {

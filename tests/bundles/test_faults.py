@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.engines import SupervisedEvaluator
 
 from passion_monai.datasets.phantom import write_phantom
 from passion_monai.networks import RFNet
@@ -31,10 +34,13 @@ class Harmful:
 
 @pytest.fixture
 def small(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A bundle with a small network, whose process cannot connect to anything."""
+    """A bundle with a small network, whose process cannot connect to anything but the processes that load cases."""
+    connect = socket.socket.connect
 
-    def refuse(*_: Any) -> None:
-        raise OSError("nothing is fetched at run time")
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            raise OSError("nothing is fetched at run time")
+        connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return bundle
@@ -142,6 +148,74 @@ def test_predictions_and_scores_that_cannot_be_written_end_the_run_and_are_made_
         assert run(small, *settings, **untrained, **more) == ""
     assert len(list((out / "predictions").glob("*_seg.nii.gz"))) == 2
     assert "2 cases." in (out / "evaluation" / "table.md").read_text()
+
+
+@pytest.fixture
+def second_case(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
+    """Lets something happen to an evaluator while it computes its second case."""
+    iteration = SupervisedEvaluator._iteration
+
+    def inject(action: Callable[[Any], None]) -> None:
+        def act(self: Any, engine: Any, batch: Any) -> Any:
+            if engine.state.iteration == 2:
+                action(engine)
+            return iteration(self, engine, batch)
+
+        monkeypatch.setattr(SupervisedEvaluator, "_iteration", act)
+
+    return inject
+
+
+def done(out: Path, workflow: str) -> list[str]:
+    """Cases that are complete."""
+    if workflow == "evaluate":
+        return list(json.loads((out / "evaluation" / "scores.json").read_text())["cases"])
+    return [path.name for path in (out / "predictions").glob("*_seg.nii.gz")]
+
+
+def kill_a_worker(engine: Any) -> None:
+    """As a system does that is short of memory; torch notices within a second."""
+    engine._dataloader_iter._workers[0].kill()
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("workflow", ["evaluate", "inference"])
+def test_a_worker_that_dies_ends_the_run_and_what_was_written_stays(
+    small: Any,
+    untrained: dict[str, str],
+    second_case: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    workflow: str,
+):
+    settings = {"num_workers": 1, **untrained}
+    if workflow == "evaluate":
+        settings["datalist"] = str(tmp_path / "datalist.json")
+    second_case(kill_a_worker)
+    assert "DataLoader worker" in run(small, workflow, **settings)
+    assert "A process that loads cases was ended, often for lack of memory: try fewer num_workers" in caplog.text
+    assert "What was written before is complete; run the same command again." in caplog.text
+    assert not list(tmp_path.rglob("failed_cases.csv"))
+    assert len(done(tmp_path / "out", workflow)) == 1
+    monkeypatch.undo()
+    assert run(small, workflow, **settings) == ""
+    assert len(done(tmp_path / "out", workflow)) == 2
+
+
+@pytest.mark.parametrize("workflow", ["evaluate", "inference"])
+def test_memory_that_does_not_suffice_for_a_case_leaves_the_others(
+    small: Any, untrained: dict[str, str], second_case: Any, tmp_path: Path, workflow: str
+):
+    def fail(_: Any) -> None:
+        raise MemoryError("Unable to allocate 7.00 GiB")
+
+    second_case(fail)
+    settings = {"datalist": str(tmp_path / "datalist.json")} if workflow == "evaluate" else {}
+    said = run(small, workflow, **settings, **untrained)
+    assert "1 case(s) cannot be used" in said
+    assert "MemoryError: Unable to allocate 7.00 GiB It needs more memory than there is; fewer num_workers" in said
+    assert len(done(tmp_path / "out", workflow)) == 1
 
 
 @pytest.mark.parametrize("where", ["evaluate", "inference", "finetune", "resume"])

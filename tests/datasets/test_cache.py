@@ -138,6 +138,25 @@ def test_all_cases_that_fail_are_named_and_leave_the_others(cases: list[dict[str
         dataset[0]
 
 
+def test_a_case_that_memory_does_not_suffice_for_is_named_with_the_remedy(
+    cases: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normalise = NormalizeIntensityd.__call__
+
+    def fail(transform: NormalizeIntensityd, data: Mapping[Hashable, Any]) -> Any:
+        if data["case"] == "a":
+            raise MemoryError("Unable to allocate 7.00 GiB")
+        return normalise(transform, data)
+
+    monkeypatch.setattr(NormalizeIntensityd, "__call__", fail)
+    (fault,) = make_dataset(cases, tmp_path).faults
+    assert fault.reason.startswith("Case a: MemoryError: Unable to allocate 7.00 GiB")
+    assert "fewer num_workers leave more for each" in fault.reason
+    monkeypatch.undo()
+    assert not make_dataset(cases, tmp_path).faults
+    assert loads(tmp_path) == ["a", "a", "b"]
+
+
 def test_a_broken_file_is_named_with_the_remedy(cases: list[dict[str, Any]], tmp_path: Path) -> None:
     dataset = make_dataset(cases, tmp_path)
     path = dataset._path(cases[0])
