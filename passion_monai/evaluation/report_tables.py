@@ -94,7 +94,7 @@ def cells(text: pd.DataFrame, bold: pd.DataFrame) -> Iterator[tuple[list[str], l
 
 
 def to_latex(text: pd.DataFrame, bold: pd.DataFrame) -> str:
-    """A table for LaTeX's packages booktabs and multirow.
+    """A table for LaTeX with its package booktabs.
 
     Args:
         text: what stands in the cells.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from monai_command import run_command
 
 ROOT = Path(__file__).parents[2]
 # Grids, cohorts and networks of a size that trains in seconds.
@@ -65,11 +64,7 @@ class Bundle:
     def monai(self, *words: str, cwd: Path = ROOT, **arguments: Any) -> subprocess.CompletedProcess[str]:
         """Any command of `python -m monai.bundle`."""
         options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", *words, *options]
-        environment = os.environ | {"MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"}
-        return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
+        return run_command([*words, *options], cwd)
 
     def succeed(self, *workflows: str, **kwargs: Any) -> str:
         """What a run printed, which must not fail."""

@@ -1,0 +1,46 @@
+"""`python -m monai.bundle`, in processes forked from one that has imported what all commands need.
+
+An import takes longer than most of the commands that are tested.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["monai.bundle", "monai.engines", "monai.handlers", "passion_monai.distillation", "passion_monai.evaluation.metrics"]
+    + ["passion_monai.handlers", "passion_monai.losses", "passion_monai.networks", "passion_monai.transforms"]
+)
+TIMEOUT = 600
+
+
+def run_command(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run it with the words that follow it, in a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = PROCESSES.Process(target=_command, args=(words, cwd, printed))
+        process.start()
+        process.join(TIMEOUT)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(words, TIMEOUT)
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in printed))
+
+
+def _command(words: list[str], cwd: Path, printed: list[Path]) -> None:
+    for descriptor, path in enumerate(printed, start=1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(cwd)
+    os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
+    warnings.simplefilter("ignore")
+    sys.argv[1:] = words
+    runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
