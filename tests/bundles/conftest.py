@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from monai_command import run_command
+from monai_command import printed, run_command
 
 ROOT = Path(__file__).parents[2]
 # Grids, cohorts and networks of a size that trains in seconds.
@@ -69,12 +69,6 @@ class Bundle:
     def succeed(self, *workflows: str, **kwargs: Any) -> str:
         """What a run printed, which must not fail."""
         return printed(self.run(*workflows, **kwargs))
-
-
-def printed(result: subprocess.CompletedProcess[str]) -> str:
-    """All that a command printed; it must have succeeded."""
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-12000:]
-    return result.stdout + result.stderr
 
 
 # One in 3-D and one in 2-D, for what would take too long on every bundle.

@@ -15,10 +15,12 @@ import warnings
 from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["monai.bundle", "monai.engines", "monai.handlers", "passion_monai.distillation", "passion_monai.evaluation.metrics"]
-    + ["passion_monai.handlers", "passion_monai.losses", "passion_monai.networks", "passion_monai.transforms"]
-)
+IMPORTS = """
+monai.bundle monai.engines monai.handlers
+passion_monai.distillation passion_monai.evaluation.metrics passion_monai.handlers passion_monai.losses
+passion_monai.networks passion_monai.transforms
+"""
+PROCESSES.set_forkserver_preload(IMPORTS.split())
 TIMEOUT = 600
 
 
@@ -33,6 +35,12 @@ def run_command(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]
             process.kill()
             raise subprocess.TimeoutExpired(words, TIMEOUT)
         return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in printed))
+
+
+def printed(result: subprocess.CompletedProcess[str]) -> str:
+    """All that a command printed; it must have succeeded."""
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-12000:]
+    return result.stdout + result.stderr
 
 
 def _command(words: list[str], cwd: Path, printed: list[Path]) -> None:

@@ -23,13 +23,9 @@ import pytest
 import torch
 from monai.bundle import create_workflow, load
 from monai.data import load_net_with_metadata
+from monai_command import printed
 
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
-
-
-def printed(result: Any) -> str:
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-12000:]
-    return result.stdout + result.stderr
 
 
 def network_settings(bundle: Any) -> dict[str, Any]:
