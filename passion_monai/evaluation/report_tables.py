@@ -94,7 +94,7 @@ def cells(text: pd.DataFrame, bold: pd.DataFrame) -> Iterator[tuple[list[str], l
 
 
 def to_latex(text: pd.DataFrame, bold: pd.DataFrame) -> str:
-    """A table for LaTeX with its package booktabs.
+    """A table for LaTeX, with its packages booktabs and amssymb.
 
     Args:
         text: what stands in the cells.
