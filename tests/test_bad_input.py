@@ -13,12 +13,14 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.apps.utils import extractall
 from monai.transforms import Compose, NormalizeIntensityd, Orientationd, Spacingd, SpatialPadd
 
@@ -26,7 +28,7 @@ from passion_monai.config import check_choices, check_numbers, check_switches
 from passion_monai.datasets import check_classes, discover
 from passion_monai.datasets.cohort import inference_cases, training_cases, validation_cases
 from passion_monai.datasets.datalist import check_modalities, read_datalist
-from passion_monai.faults import FAULT_KEY, Fault, TolerantDataset, raise_faults
+from passion_monai.faults import FAULT_KEY, Fault, FaultReport, TolerantDataset, raise_faults
 from passion_monai.networks import MMFormer, RFNet
 from passion_monai.networks.checkpoints import load_weights, read_state_dict
 from passion_monai.networks.pretrained import transfer_weights
@@ -254,6 +256,18 @@ def test_a_bad_file_is_named_and_leaves_the_other_cases(make_case: MakeCase, bad
     assert other["image"].shape == (3, 16, 16, 16)
     with pytest.raises(ValueError, match=r"1 case\(s\) cannot be used:\nCase bad: "):
         raise_faults([Fault(found["case"], found["file"], found[FAULT_KEY])])
+
+
+def test_a_report_names_what_failed_in_its_own_run(tmp_path: Path):
+    """Nothing of a run before, whose cases were mended."""
+    report, engine = FaultReport(tmp_path / "failed_cases.csv"), Engine(lambda *_: None)
+    bad = {"case": ["x"], "file": ["x.nii"], FAULT_KEY: ["Case x: no image"]}
+    with pytest.raises(ValueError, match=r"1 case\(s\) cannot be used:\nCase x: no image"):
+        report.run(SimpleNamespace(run=lambda: report(engine, bad)))
+    assert engine.state.batch == []
+    assert report.path.read_text().splitlines() == ["case,file,reason", "x,x.nii,Case x: no image"]
+    report.run(SimpleNamespace(run=lambda: None))
+    assert not report.path.exists()
 
 
 def rotated(affine: np.ndarray, degrees: float = 20) -> np.ndarray:

@@ -40,6 +40,13 @@ def test_what_is_left_out_changes(monkeypatch: pytest.MonkeyPatch):
     assert len(left_out) > 2
 
 
+def test_the_order_of_training_samples_depends_on_the_seed(monkeypatch: pytest.MonkeyPatch):
+    one, other = (
+        shares(monkeypatch, lambda dataset, seed=seed: training_sampler(dataset, seed=seed), 8, 2) for seed in (0, 1)
+    )
+    assert one != other
+
+
 def test_too_few_training_samples(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="2 training samples are too few for 3 processes"):
         shares(monkeypatch, lambda dataset: training_sampler(dataset, seed=0), 2, 3)

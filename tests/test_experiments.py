@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ import yaml
 
 from passion_monai.config import check_numbers
 from passion_monai.datasets import get_spec
+from passion_monai.evaluation.runs import method_name
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -22,17 +28,38 @@ def load(path: Path) -> Any:
 
 METHODS = load(EXPERIMENTS / "methods.yaml")
 SCALES = {name: load(EXPERIMENTS / f"{name}.yaml") for name in ("cpu", "paper")}
+SNAKEFILE = (EXPERIMENTS / "Snakefile").read_text(encoding="utf-8")
+NAMES = {
+    "baseline": "Baseline",
+    "moddrop": "+ModDrop",
+    "pmr": "+PMR",
+    "passion": "PASSION",
+    "released": "PASSION (released)",
+    "reweighted": "re-weighted control",
+    "pixel": "pixel",
+    "prototype": "prototype",
+    "both": "pixel + prototype",
+    "both_delta": "pixel + prototype + δ",
+    "pdt": "+ModDrop",
+}
 PARTS = [(scale, part) for scale, content in SCALES.items() for parts in content["tables"].values() for part in parts]
 
 
 @functools.cache
+def config(cohort: str, backbone: str, workflow: str = "train") -> dict[str, Any]:
+    return dict(load(ROOT / "bundles" / f"{cohort}_{backbone}_passion" / "configs" / f"{workflow}.yaml"))
+
+
 def ids(cohort: str, backbone: str, workflow: str = "train") -> set[str]:
-    return set(load(ROOT / "bundles" / f"{cohort}_{backbone}_passion" / "configs" / f"{workflow}.yaml"))
+    return set(config(cohort, backbone, workflow))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_sets_ids_of_a_training(method: str):
-    assert set(METHODS[method]) <= ids("brats", "mmformer")
+def test_a_method_sets_ids_of_a_training_and_is_what_reports_call_it(method: str):
+    training = config("brats", "mmformer")
+    assert set(METHODS[method]) <= set(training)
+    assert METHODS[method]["objective"] in training["training_settings"]["objective"]["allowed"]
+    assert method_name(training | METHODS[method]) == NAMES[method]
 
 
 @pytest.mark.parametrize(("scale", "part"), PARTS)
@@ -52,3 +79,39 @@ def test_there_is_a_missing_rate_for_each_modality(scale: str):
     for cohort, rates in SCALES[scale]["missing_rates"].items():
         for values in rates.values():
             check_numbers(minimum=0, below=1, length=len(get_spec(cohort).modalities), missing_rates=values)
+
+
+@functools.cache
+def functions(scale: str) -> dict[str, Any]:
+    """What the workflow computes in Python, without what is snakemake's own."""
+    python = re.sub(r"(?m)^(rule \w+|localrules|wildcard_constraints):\n(( .*)?\n)+", "", SNAKEFILE)
+    names: dict[str, Any] = {"workflow": SimpleNamespace(basedir=EXPERIMENTS), "config": {"scale": scale}}
+    exec(compile(python, "Snakefile", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(("scale", "table"), [(scale, table) for scale in SCALES for table in SCALES[scale]["tables"]])
+def test_every_training_of_a_table_has_a_folder_of_its_own(scale: str, table: str):
+    axes = ("backbones", "missing_rates", "methods")
+    count = sum(part["seeds"] * math.prod(len(part[axis]) for axis in axes) for part in SCALES[scale]["tables"][table])
+    folders = functions(scale)["runs"](table)
+    assert len({*folders}) == len(folders) == count
+
+
+@pytest.mark.parametrize(("scale", "part"), PARTS)
+def test_a_training_has_the_seed_the_rates_and_the_ids_of_its_method(scale: str, part: dict[str, Any]):
+    for method, rates in itertools.product(part["methods"], part["missing_rates"]):
+        training = SimpleNamespace(cohort=part["cohort"], rates=rates, method=method, seed="3")
+        words = shlex.split(functions(scale)["training_settings"](training))
+        asked = {"seed": 3, "missing_rates": SCALES[scale]["missing_rates"][part["cohort"]][rates], **METHODS[method]}
+        assert {f"--{name}": str(value) for name, value in asked.items()}.items() <= {
+            *zip(words[::2], words[1::2], strict=True)
+        }
+
+
+@pytest.mark.parametrize("workflow", ["train", "evaluate"])
+def test_a_command_sets_ids_of_its_workflow(workflow: str):
+    (rule,) = re.findall(rf"(?m)^rule {workflow}:\n((?: .*\n|\n)+)", SNAKEFILE)
+    assert {*re.findall(r"--(\w+)", rule)} - {"config_file"} <= ids("brats", "mmformer", workflow)
+    assert f'config_files("{workflow}")' in rule
+    assert ("--resume True" in rule) == (workflow == "train")  # what was stopped goes on

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from ignite.metrics import MeanSquaredError
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
@@ -23,7 +24,7 @@ from monai.transforms import Compose, EnsureTyped, RandGaussianNoised, RandScale
 from torch import Tensor, nn
 
 from passion_monai.handlers import FileCheckpoint, LossOutput, PreferenceHandler, TrainingLog
-from passion_monai.resume import LastCheckpoint, PolynomialLR, Seeding
+from passion_monai.resume import LastCheckpoint, PolynomialLR, Seeding, _CheckpointFiles
 
 EPOCHS, SAMPLES, BATCH_SIZE = 4, 7, 2  # four iterations an epoch, the last of one sample
 MODALITIES = ("a", "b")
@@ -328,6 +329,48 @@ def test_a_signal_is_said_and_what_to_do(tmp_path: Path, capfd: pytest.CaptureFi
     assert "1 epochs and 2 iterations. The same command with --resume True goes on" in capfd.readouterr().err
 
 
+def terminate_all() -> None:
+    """As clusters do that signal every process of a job: from without, since a worker may be ended by its parent."""
+    subprocess.run(["kill", *(str(worker.pid) for worker in multiprocessing.active_children())], check=True)
+    time.sleep(0.5)  # torch would notice a worker that has ended
+    terminate()
+
+
+def test_a_signal_to_the_workers_too_ends_the_training_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert run(tmp_path, at(Events.ITERATION_STARTED, 3, terminate_all), num_workers=2) == -signal.SIGTERM
+    assert "0 epochs and 3 iterations. The same command" in capfd.readouterr().err
+
+
+def test_what_is_drawn_depends_on_seed_process_epoch_and_iteration(monkeypatch: pytest.MonkeyPatch):
+    """Two processes that drew the same would augment in the same way."""
+
+    def draw(seed: int, rank: int) -> list[float]:
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+        drawn: list[float] = []
+        engine = Engine(lambda *_: drawn.append(torch.rand(1).item()))
+        engine.data_loader = [0, 0]
+        Seeding(seed).attach(engine)
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: drawn.append(torch.rand(1).item()))
+        engine.run(engine.data_loader, max_epochs=2)
+        return drawn
+
+    assert len({*draw(3, 0), *draw(3, 1), *draw(4, 0)}) == 3 * 6
+    assert draw(3, 0) == draw(3, 0)
+
+
+def test_a_damaged_file_never_becomes_the_one_before(tmp_path: Path):
+    files = _CheckpointFiles(tmp_path / "last.pt")
+    files.write({"epoch": 1})
+    files.write({"epoch": 2})
+    files.path.write_bytes(b"PK")
+    resumed = _CheckpointFiles(files.path)
+    assert resumed.read() == {"epoch": 1}
+    resumed.tidy()
+    resumed.write({"epoch": 3})
+    files.path.write_bytes(b"PK")
+    assert files.read() == {"epoch": 1}
+
+
 @pytest.mark.parametrize("damage", ["cut off", "overwritten", "empty", "deleted"])
 def test_a_damaged_file_is_replaced_by_the_one_before(
     reference: Any, tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]
@@ -360,6 +403,11 @@ class TestFilesThatDoNotFit:
         assert run(tmp_path) == 0
         with pytest.raises(ValueError, match="is from epoch 4: epochs must not be 3"):
             self.resume(tmp_path, epochs=3)
+
+    def test_an_epoch_that_was_begun_is_one_too_many(self, tmp_path: Path):
+        assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
+        with pytest.raises(ValueError, match="is from epoch 2: epochs must not be 1"):
+            self.resume(tmp_path, epochs=1)
 
     def test_other_batches_within_an_epoch(self, tmp_path: Path):
         assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from passion_monai.datasets.datalist import write_datalist
 from passion_monai.evaluation.score_files import ScoreFiles
 from passion_monai.evaluation.tables import SCORE_COLUMNS
 from passion_monai.faults import FAULT_KEY, FaultReport
-from passion_monai.files import save_complete
+from passion_monai.files import complete_file, save_complete
 from passion_monai.handlers import FileCheckpoint, TrainingLog
 from passion_monai.transforms import LoadCased, SaveSegmentationd
 
@@ -89,10 +91,10 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 @contextmanager
-def full(_: Path) -> Iterator[None]:
+def full(_: Path, room: int = BYTES) -> Iterator[None]:
     """No file can have more than a few bytes, which are written before it fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         yield
     finally:
@@ -170,6 +172,57 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path, name: str):
     with pytest.raises((OSError, RuntimeError)) as error:
         WRITERS[name](tmp_path / "out")
     assert f"Cannot write {tmp_path / 'out'}" in str(cause(error.value))
+
+
+@pytest.mark.usefixtures("capsys")
+def test_weights_that_fit_in_part_say_so_too(tmp_path: Path):
+    """More than a buffer holds: torch notices it in the midst, and raises an error that does not say why."""
+    with full(tmp_path, 20_000), pytest.raises(OSError, match=r"Cannot write .*last\.pt: File too large\. Make room"):
+        save_complete({"a": torch.ones(9999)}, tmp_path / "last.pt")
+    assert content(tmp_path).keys() == {str(tmp_path / "image.nii")}
+
+
+def test_a_file_reaches_the_disk_before_its_name_and_then_the_name_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Or a power cut would leave a name without the file, or neither though a run went on."""
+    steps, fsync, replace = [], os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def note_replace(path: Path, target: Path) -> Path:
+        steps.append(target.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    save_complete({}, tmp_path / "last.pt")
+    assert steps == ["file", "last.pt", "folder"]
+
+
+@pytest.mark.parametrize("other", ["process", "thread"])
+def test_two_may_write_the_same_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str):
+    """As two trainings do that fill one cache."""
+    path = tmp_path / "case.pt"
+
+    def write_second() -> None:
+        with complete_file(path) as unfinished:
+            unfinished.write_text("second")
+
+    with complete_file(path) as unfinished:
+        unfinished.write_text("first")
+        if other == "thread":
+            thread = threading.Thread(target=write_second)
+            thread.start()
+            thread.join()
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                write_second()
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
 
 
 def test_a_segmentation_that_does_not_fit_leaves_only_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from monai.data import MetaTensor
 
 from passion_monai.evaluation.kept_maps import keep_case
-from passion_monai.evaluation.report import main
+from passion_monai.evaluation.report import _Group, _kept_cases, _Report, main
 from passion_monai.evaluation.tables import read_scores
 from passion_monai.presence import combination_name, combinations, write_presence
 
@@ -49,7 +50,7 @@ def make_run(
     if scores:
         make_scores(dice).to_csv(folder / "evaluation" / "scores.csv", index=False)
     if files:
-        make_files(folder)
+        make_files(folder, seed)
     return folder
 
 
@@ -64,8 +65,8 @@ def make_scores(dice: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def make_files(folder: Path) -> None:
-    """What a run leaves beside its scores."""
+def make_files(folder: Path, seed: int) -> None:
+    """What a run leaves beside its scores; of another seed, its calibration error is 2 % higher."""
     write_presence(
         folder / "presence.json", ["a", "b", "c", "d"], [[1, 0], [1, 1], [0, 1], [0, 1]], modalities=MODALITIES
     )
@@ -73,7 +74,7 @@ def make_files(folder: Path) -> None:
     log.assign(relative_preference_flair=0.1, relative_preference_t1=-0.1, beta_t1=1.3).to_csv(
         folder / "training.csv", index=False
     )
-    errors = [(case, name, 0.1 + 0.1 * j) for case in CASES for j, name in enumerate(COMBINATIONS)]
+    errors = [(case, name, 0.1 + 0.1 * j + 0.02 * seed) for case in CASES for j, name in enumerate(COMBINATIONS)]
     pd.DataFrame(errors, columns=["case", "combination", "ece"]).to_csv(
         folder / "evaluation" / "calibration.csv", index=False
     )
@@ -105,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "baseline_other": {"dice": 0.3, "missing_rates": [0.25, 0.5]},
     }
     paths = [str(make_run(folder / name, **values)) for name, values in arguments.items()]
-    mine = make_run(folder / "mine", dice=0.45, files=False, missing_rates=None)
+    mine = make_run(folder / "mine", dice=0.45, files=False, missing_rates=None, phantom=False)
     return [*paths, f"mine & <others>={mine}"]
 
 
@@ -251,11 +252,40 @@ def test_missing_rates_are_those_of_the_cases(page: Page) -> None:
 
 def test_calibration_in_percent(page: Page) -> None:
     rows = page.rows["calibration"][1:]
-    assert [first_lines(row)[:3] for row in rows] == [
-        ["●", "○", "10.00"],
-        ["○", "●", "20.00"],
-        ["●", "●", "30.00"],
+    # Each case's mean over two seeds, which differ by 2 %; the cases do not differ.
+    assert [row[:3] for row in rows] == [
+        ["●", "○", "11.00\n[11.00, 11.00]"],
+        ["○", "●", "21.00\n[21.00, 21.00]"],
+        ["●", "●", "31.00\n[31.00, 31.00]"],
     ]
+
+
+def test_methods_are_compared_with_those_of_their_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with the Baseline, wherever it stands."""
+    monkeypatch.setattr(_Report, "sections", lambda self: [self._rates(), self._tests()])  # figures take seconds
+    values = ({"dice": 0.6, **PASSION}, {"dice": 0.4}, {"dice": 0.8, "backbone": "MMFormer"})
+    runs = [str(make_run(tmp_path / str(index), files=False, **some)) for index, some in enumerate(values)]
+    main([*runs, "--output", str(tmp_path / "report")])
+    page = Page(tmp_path / "report" / "index.html")
+    assert [first_lines(row)[1:4] for row in page.rows["table1"][2:]] == [
+        ["PASSION", "RFNet", "*71.00"],
+        ["Baseline", "RFNet", "51.00"],
+        ["Baseline", "MMFormer", "91.00"],
+    ]
+    assert {tuple(row[:2]) for row in page.rows["tests"][1:]} == {("PASSION, RFNet", "Baseline, RFNet")}
+
+
+def test_of_several_seeds_the_first_that_was_kept_is_shown(tmp_path: Path) -> None:
+    runs = [SimpleNamespace(folder=tmp_path / name) for name in ("first", "second")]
+    for run, cases in zip(runs, (["001"], ["001", "002"]), strict=True):
+        (run.folder / "evaluation" / "maps").mkdir(parents=True)
+        for case in cases:
+            (run.folder / "evaluation" / "maps" / f"{case}.npz").touch()
+    kept = _kept_cases(_Group("any", runs))
+    assert {case: path.relative_to(tmp_path).parts[0] for case, path in kept.items()} == {
+        "001": "first",
+        "002": "second",
+    }
 
 
 def test_what_the_runs_lack_is_left_out_and_said(tmp_path: Path) -> None:

@@ -50,8 +50,10 @@ def test_curves_show_each_seed_and_their_mean() -> None:
 def kept() -> KeptCase:
     label = np.zeros((20, 20, 3), np.uint8)
     label[4:8, 5:8, 1] = 1
+    images = np.full((2, 20, 20, 3), 100, np.uint8)
+    images[1, :4] = 50
     return KeptCase(
-        images=np.full((2, 20, 20, 3), 100, np.uint8),
+        images=images,
         presence=np.ones(2, bool),
         modalities=np.array(MODALITIES),
         label=label,
@@ -70,9 +72,13 @@ def test_a_case_has_a_row_per_combination_and_a_column_per_method() -> None:
     assert [[len(ax.images) - 1 for ax in row[2:]] for row in axes] == [[1, 0, 1], [1, 1, 1], [1, 1, 0]]
     assert axes[0, 0].images[0].get_array().shape == (8, 8)
     assert [int(ax.images[0].get_array().max()) for ax in axes[1, :2]] == [255, 100]  # x is not given
+    # The first axis of the voxels is drawn to the right, the second one upwards; the square begins at voxel (2, 2).
+    grey = axes[1, 1].images[0]
+    assert grey.origin == "lower"
+    assert grey.get_array()[0].tolist() == [50] * 2 + [100] * 6
     assert axes[0, 0].get_aspect() == 2
     fill = axes[0, 2].images[1].get_array()
-    assert np.count_nonzero(fill[..., 3]) == 12
+    assert np.argwhere(fill[..., 3]).tolist() == [[row, column] for row in range(3, 6) for column in range(2, 6)]
     assert to_hex(fill[fill[..., 3] > 0][0][:3]) == "#0072b2"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["scar"]
 
@@ -81,3 +87,10 @@ def test_a_case_without_label_is_shown_whole() -> None:
     case = replace(kept(), label=np.zeros((20, 20, 3), np.uint8))
     figure = plot_case({"a": case}, class_names=["-", "scar"])
     assert figure.axes[0].images[0].get_array().shape == (20, 20)
+
+
+def test_a_label_at_the_border_is_shown_with_what_there_is_around_it() -> None:
+    label = np.zeros((20, 20, 3), np.uint8)
+    label[0:4, 17:20, 1] = 1
+    figure = plot_case({"a": replace(kept(), label=label)}, class_names=["-", "scar"])
+    assert figure.axes[0].images[0].get_array().shape == (6, 8)

@@ -44,10 +44,11 @@ def test_pivot_keeps_the_order_and_puts_groups_of_columns_together() -> None:
 
 
 def test_latex_has_symbols_and_no_character_that_means_something() -> None:
-    text = pd.DataFrame({"a_b %": ["1\n± 2"]}, index=pd.MultiIndex.from_tuples([("●", "○")], names=["t_1", "t2"]))
+    index = pd.MultiIndex.from_tuples([("●", "○", "x & y_1")], names=["t_1", "t2", "method"])
+    text = pd.DataFrame({"a_b %": ["1\n± 2"]}, index=index)
     code = to_latex(text, pd.DataFrame(True, index=text.index, columns=text.columns))
     assert r"a\_b \%" in code
     assert r"t\_1 & t2" in code
-    assert r"$\bullet$ & $\circ$ & \bfseries 1" in code
+    assert r"$\bullet$ & $\circ$ & x \& y\_1 & \bfseries 1" in code
     assert r"$\pm$ 2" in code
     assert r"\toprule" in code

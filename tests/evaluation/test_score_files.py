@@ -41,7 +41,7 @@ def test_goes_on_with_complete_cases(tmp_path: Path):
     again.start(keep={"001", "b,c"})
     write(again, "d")
     assert texts(tmp_path / "part") == texts(tmp_path / "whole")
-    assert not list((tmp_path / "part").glob("*.unfinished"))
+    assert not list((tmp_path / "part").glob(".unfinished*"))
 
 
 def test_keeps_only_what_is_asked_for(tmp_path: Path):

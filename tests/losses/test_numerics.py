@@ -28,6 +28,9 @@ Draw = Callable[..., Tensor]
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "passion": lambda modalities=M, classes=K, **more: PassionLoss(modalities, classes, **more),
     "passion without delta": lambda modalities=M, classes=K: PassionLoss(modalities, classes, use_task_mask=False),
+    "passion, coarse probabilities": lambda modalities=M, classes=K: PassionLoss(
+        modalities, classes, compare_at_full_size=True
+    ),
     "released": lambda modalities=M, classes=K: PassionLoss.released(
         modalities, classes, availability=torch.linspace(1, 5, modalities)
     ),
@@ -95,7 +98,9 @@ def test_the_gradient_of_the_teacher_is_that_of_the_segmentation(objective: str)
     fused = [output.fused.logits, *output.fused.auxiliary]
     segmentation = (loss.task if objective == "pmr" else loss).segmentation
     expected = torch.autograd.grad(segmentation(output.fused, LABEL).mean(), fused)
-    torch.testing.assert_close(torch.autograd.grad(loss(output, LABEL), fused), expected)
+    *found, of_features = torch.autograd.grad(loss(output, LABEL), [*fused, output.fused.features], allow_unused=True)
+    torch.testing.assert_close(tuple(found), expected)
+    assert of_features is None
     assert torch.autograd.gradcheck(
         lambda logits, coarse: segmentation(DecoderOutput(logits, (coarse,), logits), LABEL), fused
     )

@@ -43,6 +43,15 @@ def test_score_and_dce_equal_the_explicit_version(shape: tuple[int, ...], absent
     torch.testing.assert_close(torch.stack([score, dce], dim=1), expected)
 
 
+def test_score_and_dce_do_not_depend_on_where_the_features_lie():
+    """Distances are of differences: of features far from 0 too, and not only exact where there are few voxels."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 6, 6, generator=generator)
+    one_hot = one_hot_label(torch.randint(3, (2, 1, 6, 6), generator=generator), 3, torch.float32)
+    shifted = prototype_scores(features + 1000, one_hot)
+    torch.testing.assert_close(shifted, prototype_scores(features, one_hot), rtol=1e-3, atol=1e-3)
+
+
 def test_gradients_of_the_dce_are_exact():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 3, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
