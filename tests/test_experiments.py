@@ -41,6 +41,10 @@ NAMES = {
     "both": "pixel + prototype",
     "both_delta": "pixel + prototype + δ",
     "pdt": "+ModDrop",
+    "segmentation": "without distillation",
+    "segmentation_slow": "without distillation",
+    "baseline_slow": "Baseline",
+    "passion_slow": "PASSION",
 }
 PARTS = [(scale, part) for scale, content in SCALES.items() for parts in content["tables"].values() for part in parts]
 

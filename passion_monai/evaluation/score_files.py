@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ class ScoreFiles:
         """
         for name, columns in self.columns.items():
             frame = pd.DataFrame(rows[name], columns=list(columns))
-            with writing(self.folder / name):
-                frame.to_csv(self.folder / name, mode="a", header=False, index=False)
+            path = self.folder / name
+            with writing(path), path.open("a", newline="", encoding="utf-8") as file:
+                frame.to_csv(file, header=False, index=False)
+                file.flush()
+                os.fsync(file.fileno())  # before the record names the case, lest a power cut leave the name alone
         self.cases.append(case)
         self._write_record()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,18 @@ def test_without_one_of_the_files_there_is_nothing(tmp_path: Path, name: str):
     write(files, "a")
     (tmp_path / name).unlink()
     assert make_files(tmp_path).complete_cases() == []
+
+
+def test_rows_reach_the_disk_before_the_record_that_names_their_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files, fsync = make_files(tmp_path), os.fsync
+    files.start()
+    there: list[tuple[int, int]] = []
+
+    def note(descriptor: int) -> None:
+        rows = sum((tmp_path / name).read_text().count("\n") for name in COLUMNS)
+        there.append((rows, len(json.loads((tmp_path / "scores.json").read_text())["cases"])))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write(files, "a")
+    assert there[:2] == [(4, 0), (5, 0)]
