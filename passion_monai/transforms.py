@@ -19,7 +19,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.transforms import (
     CropForeground,
     LoadImage,
@@ -158,10 +158,8 @@ class LoadCased(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.label_key = label_key
         self.spatial_dims = spatial_dims
-        self.loaders = {
-            reader: LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32)
-            for reader in ("NibabelReader", "ITKReader")
-        }
+        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
+        self.nifti_reader, self.reader = NibabelReader(), ITKReader()
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         loaded = dict(data)
@@ -204,16 +202,17 @@ class LoadCased(MapTransform):
         return image
 
     def _load(self, path: str) -> MetaTensor:
-        reader = "NibabelReader" if path.endswith((".nii", ".nii.gz")) else "ITKReader"
+        is_nifti = path.endswith((".nii", ".nii.gz"))
         if not Path(path).exists():
             raise FileNotFoundError("it does not exist")
         if Path(path).is_dir() and (count := _count_series(path)) != 1:
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
         if path.endswith(".gz"):
             _check_gzip(path)
-        if reader == "NibabelReader":
+        if is_nifti:
             _check_header(path)
-        image: MetaTensor = self.loaders[reader](path)
+        # Given with each call, or LoadImage would try all other readers where this one refuses a file.
+        image: MetaTensor = self.load(path, reader=self.nifti_reader if is_nifti else self.reader)
         return image
 
 

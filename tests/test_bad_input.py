@@ -86,6 +86,15 @@ def write_affine(path: str, value: float) -> None:
     Path(path).write_bytes(gzip.compress(bytes(content)))
 
 
+def write_rotation(path: str) -> None:
+    """A header with a quaternion that is no rotation and an affine of another spacing; ITK would go by something."""
+    content = bytearray(gzip.decompress(Path(path).read_bytes()))
+    content[252:256] = np.array([1, 2], "<i2").tobytes()  # qform_code and sform_code
+    content[256:268] = np.array([2, 0, 0], "<f4").tobytes()  # quatern_b, quatern_c and quatern_d
+    content[280:284] = np.array([9], "<f4").tobytes()  # srow_x[0]
+    Path(path).write_bytes(gzip.compress(bytes(content)))
+
+
 def edit(path: str, change: Callable[[bytes], bytes]) -> None:
     Path(path).write_bytes(change(Path(path).read_bytes()))
 
@@ -191,6 +200,11 @@ FILES = (
         "a header with a NaN affine",
         lambda case: write_affine(case["b"], np.nan),
         "b file .* cannot be read .its affine is not finite",
+    ),
+    Bad(
+        "a header with a rotation that is none",
+        lambda case: write_rotation(case["b"]),
+        "b file .* cannot be read .w2 should be positive.* repair",
     ),
     Bad(
         "a folder instead of a file",

@@ -45,6 +45,8 @@ NAMES = {
     "segmentation_slow": "without distillation",
     "baseline_slow": "Baseline",
     "passion_slow": "PASSION",
+    "passion_class_mean": "PASSION (λ 0.0833, 0.1)",
+    "passion_class_mean_slow": "PASSION (λ 0.0833, 0.1)",
 }
 PARTS = [(scale, part) for scale, content in SCALES.items() for parts in content["tables"].values() for part in parts]
 
