@@ -17,7 +17,7 @@ from monai.engines import SupervisedEvaluator
 
 from passion_monai.files import complete_file, make_folder
 
-__all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "find_fault", "find_remedy", "raise_faults"]
+__all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "explain", "find_fault", "raise_faults"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,11 @@ def find_fault(case: Mapping[Hashable, Any], error: BaseException) -> Fault:
     return Fault(name, max(named, key=len, default=""), reason)
 
 
-def find_remedy(error: Exception) -> str:
-    """What may help where a whole run was ended by an error, as a sentence; empty where nothing is known."""
-    said = f"{type(error).__name__}: {error}".lower()
-    return next((remedy for text, remedy in _REMEDIES.items() if text in said), "")
+def explain(error: Exception) -> str:
+    """What ended a whole run and, where something is known that may help, that; with a blank to go on after."""
+    named = f"{type(error).__name__}: {error}".lower()
+    remedy = next((remedy for text, remedy in _REMEDIES.items() if text in named), "")
+    return f"{str(error) or type(error).__name__} {remedy}"
 
 
 def raise_faults(faults: Iterable[Fault], *, outcome: str = "Mend or remove these; nothing was computed yet.") -> None:
@@ -132,8 +133,7 @@ class FaultReport:
         try:
             evaluator.run()
         except Exception as error:
-            said = str(error) or type(error).__name__
-            logger.error(f"{said} {find_remedy(error)}What was written before is complete; run the same command again.")
+            logger.error(f"{explain(error)}What was written before is complete; run the same command again.")
             raise
         raise_faults(self.faults, outcome=f"These are listed in {self.path}; all other cases are complete.")
 

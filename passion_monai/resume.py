@@ -28,7 +28,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from passion_monai.distributed import Agreement
-from passion_monai.faults import find_remedy
+from passion_monai.faults import explain
 from passion_monai.files import remove_unfinished, save_complete
 
 __all__ = ["LastCheckpoint", "PolynomialLR", "Seeding"]
@@ -136,8 +136,7 @@ class LastCheckpoint:
             try:
                 trainer.run()
             except Exception as error:
-                said = str(error) or type(error).__name__
-                logger.error(f"Epoch {trainer.state.epoch}: {said} {find_remedy(error)}{self._how_to_go_on()}")
+                logger.error(f"Epoch {trainer.state.epoch}: {explain(error)}{self._how_to_go_on()}")
                 raise
 
     # Saving. `epochs` are those completed, and `iterations` are of the one after them; when these are all there are,

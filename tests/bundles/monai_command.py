@@ -27,14 +27,14 @@ TIMEOUT = 600
 def run_command(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run it with the words that follow it, in a folder."""
     with tempfile.TemporaryDirectory() as folder:
-        printed = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = PROCESSES.Process(target=_command, args=(words, cwd, printed))
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = PROCESSES.Process(target=_command, args=(words, cwd, outputs))
         process.start()
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(words, TIMEOUT)
-        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in printed))
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in outputs))
 
 
 def printed(result: subprocess.CompletedProcess[str]) -> str:
@@ -43,8 +43,8 @@ def printed(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout + result.stderr
 
 
-def _command(words: list[str], cwd: Path, printed: list[Path]) -> None:
-    for descriptor, path in enumerate(printed, start=1):
+def _command(words: list[str], cwd: Path, outputs: list[Path]) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
         with path.open("w") as file:
             os.dup2(file.fileno(), descriptor)
     os.chdir(cwd)

@@ -203,18 +203,35 @@ def test_a_worker_that_dies_ends_the_run_and_what_was_written_stays(
     assert len(done(tmp_path / "out", workflow)) == 2
 
 
-@pytest.mark.parametrize("workflow", ["evaluate", "inference"])
+NO_MEMORY = MemoryError("Unable to allocate 7.00 GiB")
+NO_MEMORY_ON_GPU = torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("workflow", "error", "remedy"),
+    [
+        ("evaluate", NO_MEMORY, "It needs more memory than there is; fewer num_workers"),
+        ("inference", NO_MEMORY, "It needs more memory than there is; fewer num_workers"),
+        ("inference", NO_MEMORY_ON_GPU, "Try a smaller window_batch_size or roi_size, or the CPU."),
+    ],
+)
 def test_memory_that_does_not_suffice_for_a_case_leaves_the_others(
-    small: Any, untrained: dict[str, str], second_case: Any, tmp_path: Path, workflow: str
+    small: Any,
+    untrained: dict[str, str],
+    second_case: Any,
+    tmp_path: Path,
+    workflow: str,
+    error: Exception,
+    remedy: str,
 ):
     def fail(_: Any) -> None:
-        raise MemoryError("Unable to allocate 7.00 GiB")
+        raise error
 
     second_case(fail)
     settings = {"datalist": str(tmp_path / "datalist.json")} if workflow == "evaluate" else {}
     said = run(small, workflow, **settings, **untrained)
     assert "1 case(s) cannot be used" in said
-    assert "MemoryError: Unable to allocate 7.00 GiB It needs more memory than there is; fewer num_workers" in said
+    assert f"{type(error).__name__}: {error} {remedy}" in said
     assert len(done(tmp_path / "out", workflow)) == 1
 
 
