@@ -3,8 +3,10 @@
 Scores are rows in long form, one per case, combination and region, with the columns `SCORE_COLUMNS`:
 
 - ``dice`` in 0..1: 1 where both masks are empty, 0 where exactly one is;
-- ``hd95_mm``, the 95th percentile of the Hausdorff distance: 0 where both masks are empty, NaN where exactly one is;
-- ``hd95_<convention>``, the same with a distance in place of NaN, one of `EMPTY_DISTANCE`;
+- ``hd95_mm``, the 95th percentile of the Hausdorff distance, the larger one of both directions: 0 where both masks are
+  empty, NaN where exactly one is;
+- ``hd95_brats``, the same with a distance in place of NaN, see `EMPTY_DISTANCE`;
+- ``hd95_released``, the percentile of the distances of both directions together, likewise;
 - ``assd_mm``, the average symmetric surface distance: 0 and NaN as ``hd95_mm``;
 - ``prediction_ml`` and ``label_ml``, the volumes of the two masks.
 
@@ -36,8 +38,10 @@ __all__ = [
 ]
 
 # What a Hausdorff distance counts, in mm, where exactly one of the two masks is empty. "brats": the diagonal of a BraTS
-# image (240 x 240 x 155 mm), as the challenge's evaluation does. "released": as the authors' released code does.
+# image (240 x 240 x 155 mm), as the challenge's evaluation does. "released": as the authors' released code does, by which
+# the paper's tables were made.
 EMPTY_DISTANCE = {"brats": 373.13, "released": 1.0}
+_PERCENTILE_OF = {"brats": "the larger one of both directions", "released": "both directions together, as in MedPy"}
 
 METRICS = ("dice", "hd95_mm", *(f"hd95_{convention}" for convention in EMPTY_DISTANCE), "assd_mm")
 SCORE_COLUMNS = ("case", "combination", "region", *METRICS, "prediction_ml", "label_ml")
@@ -47,7 +51,11 @@ _PRESENT_MARK, _ABSENT_MARK, _UNKNOWN = "●", "○", "-"
 _TABLES = (
     ("Dice [%]", "dice", False),
     *(
-        (f"HD95 [mm], convention {name!r}: {distance:g} mm where exactly one mask is empty", f"hd95_{name}", False)
+        (
+            f"HD95 [mm], convention {name!r}: {_PERCENTILE_OF[name]}; {distance:g} mm where exactly one mask is empty",
+            f"hd95_{name}",
+            False,
+        )
         for name, distance in EMPTY_DISTANCE.items()
     ),
     ("Dice [%], convention 'excluded'", "dice", True),
@@ -196,7 +204,10 @@ def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable
         f"in {one_empty} (Dice 0 %, the distance is not defined: the title of each table says what it counts). By the "
         "convention 'excluded', a case whose label lacks a region is not counted for it, and a distance is the mean "
         "over the cases in which the prediction has the region too: over fewer, the worse a network is. HD95 is the "
-        "95th percentile of the Hausdorff distance, ASSD the average symmetric surface distance."
+        "95th percentile of the distances between two surfaces: of each direction, and then the larger one, as the "
+        "BraTS challenge and this project take it; or of both directions together, as MedPy's hd95 and the tables of "
+        "the PASSION paper do (convention 'released'), which is the smaller one. ASSD is the average symmetric surface "
+        "distance."
     )
     parts = [
         "# Scores per modality combination",

@@ -42,6 +42,7 @@ class PassionLoss(nn.Module):
         lambda_pixel: weight of pixel-wise self-distillation (lambda_1, 0.5 in the paper).
         lambda_prototype: weight of semantic self-distillation (lambda_2, 0.1 in the paper).
         temperature: tau of Eq. (3), 4 in the paper.
+        temperature_squared: multiply L_pixel by temperature^2, see :class:`PixelDistillationLoss`.
         lambda_regularisation: weight of L_reg (Eq. 2); needs the own predictions of at least the neglected modalities,
             see :class:`passion_monai.distillation.SelfDistillation`.
         modality_weights: M positive factors; 1 for every modality if None.
@@ -67,6 +68,7 @@ class PassionLoss(nn.Module):
         lambda_pixel: float = 0.5,
         lambda_prototype: float = 0.1,
         temperature: float = 4.0,
+        temperature_squared: bool = False,
         lambda_regularisation: float = 0.0,
         modality_weights: Sequence[float] | Tensor | None = None,
         use_task_mask: bool = True,
@@ -90,6 +92,7 @@ class PassionLoss(nn.Module):
         )
         self.pixel = PixelDistillationLoss(
             temperature=temperature,
+            temperature_squared=temperature_squared,
             level_decay=level_decay,
             probability_floor=probability_floor,
             at_full_size=compare_at_full_size,
@@ -111,7 +114,7 @@ class PassionLoss(nn.Module):
         - Coarse levels: probabilities are brought to full size in L_seg and in L_pixel, which costs memory and time for
           every student; in the paper logits are in L_seg, and L_pixel compares levels at their own size.
         - Small probabilities count as 0.005 in the cross-entropy and in L_pixel.
-        - L_pixel is a mean over classes: lambda_pixel is 0.5 / K here.
+        - L_pixel is multiplied by temperature^2 and is a mean over classes: lambda_pixel is 0.5 / K here.
         - beta is updated by :meth:`passion_monai.handlers.PreferenceHandler.released`.
 
         Differs from the reference: a sample with one modality runs no student, see
@@ -129,6 +132,7 @@ class PassionLoss(nn.Module):
             num_classes,
             lambda_pixel=0.5 / num_classes if distil else 0.0,
             lambda_prototype=0.1 if distil else 0.0,
+            temperature_squared=True,
             lambda_regularisation=1.0,
             modality_weights=availability,
             level_decay=0.5,

@@ -22,12 +22,14 @@ __all__ = ["PixelDistillationLoss"]
 class PixelDistillationLoss(nn.Module):
     """L_pixel of Eq. (3): the student's softened prediction follows the teacher's at every level.
 
-    ``sum_l level_decay^l * temperature^2 * mean_i KL(softmax(teacher^l / temperature) || softmax(student^l /
-    temperature))``, the sum over classes inside KL, the teacher detached. Levels are compared at their own resolution.
-    The factor temperature^2, usual in distillation and left unsaid by the paper, keeps gradients comparable.
+    ``sum_l level_decay^l * mean_i KL(softmax(teacher^l / temperature) || softmax(student^l / temperature))``, the sum
+    over classes inside KL, the teacher detached. Levels are compared at their own resolution.
 
     Args:
         temperature: tau, 4 in the paper.
+        temperature_squared: multiply by temperature^2, which keeps the size of the gradients at any temperature
+            (G. Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531). The authors' code
+            does, Eq. (3) as it is printed does not.
         level_decay: weight of level l is `level_decay` to the power l: 1 as the paper writes it, 0.5 in the authors'
             code.
         probability_floor: probabilities below it count as it: 0 as the paper writes it, 0.005 in the authors' code,
@@ -47,6 +49,7 @@ class PixelDistillationLoss(nn.Module):
         self,
         *,
         temperature: float = 4.0,
+        temperature_squared: bool = False,
         level_decay: float = 1.0,
         probability_floor: float = 0.0,
         at_full_size: bool = False,
@@ -55,6 +58,7 @@ class PixelDistillationLoss(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
+        self.factor = temperature**2 if temperature_squared else 1.0
         self.level_decay = level_decay
         self.probability_floor = probability_floor
         self.at_full_size = at_full_size
@@ -88,7 +92,7 @@ class PixelDistillationLoss(nn.Module):
         levels = zip(self._log_probabilities(student), targets, strict=True)
         divergences = [entropy - (p * log_q).sum(dim=1).mean(dim=1) for log_q, (p, entropy) in levels]
         weighted = [self.level_decay**level * divergence for level, divergence in enumerate(divergences)]
-        return self.temperature**2 * torch.stack(weighted).sum(dim=0)
+        return self.factor * torch.stack(weighted).sum(dim=0)
 
     def _log_probabilities(self, output: DecoderOutput) -> list[Tensor]:
         """Softened log-probabilities of every level, [B, K, V]."""
