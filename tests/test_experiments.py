@@ -42,11 +42,11 @@ NAMES = {
     "both_delta": "pixel + prototype + δ",
     "pdt": "+ModDrop",
     "segmentation": "without distillation",
-    "segmentation_slow": "without distillation",
-    "baseline_slow": "Baseline",
-    "passion_slow": "PASSION",
-    "passion_class_mean": "PASSION (λ 0.0833, 0.1)",
-    "passion_class_mean_slow": "PASSION (λ 0.0833, 0.1)",
+    "lambda_0": "prototype + δ",
+    "lambda_1_16": "PASSION (λ 0.03125, 0.1)",
+    "lambda_1_4": "PASSION (λ 0.125, 0.1)",
+    "lambda_4": "PASSION (λ 2, 0.1)",
+    "lambda_16": "PASSION (λ 8, 0.1)",
 }
 PARTS = [(scale, part) for scale, content in SCALES.items() for parts in content["tables"].values() for part in parts]
 

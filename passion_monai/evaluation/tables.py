@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 # What a Hausdorff distance counts, in mm, where exactly one of the two masks is empty. "brats": the diagonal of a BraTS
-# image (240 x 240 x 155 mm), as the challenge's evaluation does. "released": as the authors' released code does, by which
-# the paper's tables were made.
+# image (240 x 240 x 155 mm), as the challenge's evaluation does. "released": as the authors' released code does, and
+# with it the paper's tables.
 EMPTY_DISTANCE = {"brats": 373.13, "released": 1.0}
 _PERCENTILE_OF = {"brats": "the larger one of both directions", "released": "both directions together, as in MedPy"}
 

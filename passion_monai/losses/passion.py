@@ -59,7 +59,7 @@ class PassionLoss(nn.Module):
     beta: Tensor
     modality_weights: Tensor
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is one choice between the paper and the authors' code)
         self,
         num_modalities: int,
         num_classes: int,

@@ -52,11 +52,14 @@ def surface(points: set[tuple[int, ...]]) -> np.ndarray:
 
 def brute_force_distances(
     prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
+    """HD95 of the challenge, HD95 of MedPy (the percentile of both directions at once), average distance."""
     surfaces = [surface({tuple(p) for p in m.nonzero().tolist()}) * spacing for m in (prediction, label)]
     distances = np.linalg.norm(surfaces[0][:, None] - surfaces[1][None], axis=-1)
     nearest = [distances.min(axis=axis) for axis in (0, 1)]
-    return max(float(np.percentile(one_way, 95)) for one_way in nearest), float(np.concatenate(nearest).mean())
+    both = np.concatenate(nearest)
+    larger = max(float(np.percentile(one_way, 95)) for one_way in nearest)
+    return larger, float(np.percentile(both, 95)), float(both.mean())
 
 
 def test_region_masks_are_unions_of_classes() -> None:
@@ -104,11 +107,11 @@ def test_surface_distances_are_those_of_monai() -> None:
     masks = torch.rand(2, 12, 9, 10, generator=torch.Generator().manual_seed(0)) < 0.05
     settings = {"include_background": True, "spacing": [0.5, 1.25, 3.0]}
     pair = [mask[None, None] for mask in masks]
-    expected = (
-        compute_hausdorff_distance(*pair, percentile=95, **settings).item(),
-        compute_average_surface_distance(*pair, symmetric=True, **settings).item(),
-    )
-    assert surface_distances(*masks, settings["spacing"]) == pytest.approx(expected, rel=1e-6)
+    distances = surface_distances(*masks, settings["spacing"])
+    expected = compute_hausdorff_distance(*pair, percentile=95, **settings).item()
+    assert distances.hausdorff95 == pytest.approx(expected, rel=1e-6)
+    expected = compute_average_surface_distance(*pair, symmetric=True, **settings).item()
+    assert distances.average == pytest.approx(expected, rel=1e-6)
 
 
 def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
@@ -128,14 +131,14 @@ def test_hausdorff95_leaves_out_the_farthest_five_percent() -> None:
 
 def test_surface_distances_of_two_voxels_in_2d_use_the_spacing() -> None:
     distances = surface_distances(mask((6, 6), (1, 1)), mask((6, 6), (3, 4)), (2.0, 1.0))
-    assert distances == pytest.approx((5.0, 5.0))
+    assert distances == pytest.approx((5.0, 5.0, 5.0))
 
 
 def test_surface_distances_of_empty_masks() -> None:
     empty, filled = mask((3, 3, 3)), mask((3, 3, 3), (1, 1, 1))
-    assert surface_distances(empty, empty, (1, 1, 1)) == (0.0, 0.0)
+    assert surface_distances(empty, empty, (1, 1, 1)) == (0.0, 0.0, 0.0)
     for pair in ((empty, filled), (filled, empty)):
-        assert [math.isnan(distance) for distance in surface_distances(*pair, (1, 1, 1))] == [True, True]
+        assert [math.isnan(distance) for distance in surface_distances(*pair, (1, 1, 1))] == [True] * 3
 
 
 def test_masks_must_be_boolean_and_of_one_shape() -> None:
@@ -169,6 +172,17 @@ def test_score_case_rows() -> None:
         assert [math.isnan(row[column]) for row in rows] == [False, False, False, True]
     assert [row["prediction_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0.27])
     assert [row["label_ml"] for row in rows] == pytest.approx([0.27, 0, 0.27, 0])
+
+
+def test_each_convention_has_its_percentile() -> None:
+    label = mask((30, 30), *((row, column) for row in range(20) for column in range(20)))
+    prediction = mask((30, 30), *((row, column) for row in range(10) for column in range(12)))
+    settings = {"case": "p1", "names": ("a",), "regions": {"all": (1,)}, "spacing": (1.0, 2.0)}
+    (row,) = score_case(prediction[None].long(), label.long(), **settings)
+    distances = surface_distances(prediction, label, (1.0, 2.0))
+    assert distances.hausdorff95 > distances.pooled_hausdorff95 > 1
+    assert row["hd95_mm"] == row["hd95_brats"] == distances.hausdorff95
+    assert row["hd95_released"] == distances.pooled_hausdorff95
 
 
 def test_score_case_says_what_does_not_fit() -> None:

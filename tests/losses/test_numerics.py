@@ -112,7 +112,7 @@ def test_gradients_of_the_single_losses_are_exact(floor: float):
     dice, prototype = DiceWeightedCELoss(probability_floor=floor), PrototypeDistillationLoss(K)
     assert torch.autograd.gradcheck(lambda logits: dice(logits, LABEL), student.logits)
     assert torch.autograd.gradcheck(lambda z: prototype(z, teacher.features.detach(), LABEL)[0], student.features)
-    for settings in ({}, {"at_full_size": True}, {"temperature": 0.5, "level_decay": 0.5}):
+    for settings in ({}, {"at_full_size": True}, {"temperature": 0.5, "temperature_squared": True, "level_decay": 0.5}):
         pixel = PixelDistillationLoss(probability_floor=floor, **settings)
 
         def divergence(logits: Tensor, coarse: Tensor, pixel: PixelDistillationLoss = pixel) -> Tensor:

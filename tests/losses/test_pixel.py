@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def outputs(seed: int, shape: tuple[int, ...]) -> DecoderOutput:
 
 
 def slow_divergence(student: Tensor, teacher: Tensor, temperature: float) -> float:
-    """Eq. (3) at one level of one sample, [K, ...], voxel by voxel."""
+    """Eq. (3) as it is printed, at one level of one sample, [K, ...], voxel by voxel."""
     total = 0.0
     voxels = list(zip(student.flatten(1).T.tolist(), teacher.flatten(1).T.tolist(), strict=True))
     for s, t in voxels:
@@ -26,19 +27,30 @@ def slow_divergence(student: Tensor, teacher: Tensor, temperature: float) -> flo
         q = [math.exp(value / temperature) for value in s]
         p, q = [value / sum(p) for value in p], [value / sum(q) for value in q]
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    return temperature**2 * total / len(voxels)
+    return total / len(voxels)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 4, 4)])
+@pytest.mark.parametrize(("squared", "factor"), [(False, lambda _: 1.0), (True, lambda temperature: temperature**2)])
 @pytest.mark.parametrize(("temperature", "level_decay"), [(4.0, 1.0), (1.0, 0.5), (0.5, 1.0)])
-def test_equals_the_explicit_version(shape: tuple[int, ...], temperature: float, level_decay: float):
+def test_equals_the_explicit_version(
+    shape: tuple[int, ...],
+    temperature: float,
+    level_decay: float,
+    squared: bool,
+    factor: Callable[[float], float],
+):
     student, teacher = outputs(0, shape), outputs(1, shape)
     expected = [
-        slow_divergence(student.logits[n], teacher.logits[n], temperature)
-        + level_decay * slow_divergence(student.auxiliary[0][n], teacher.auxiliary[0][n], temperature)
+        factor(temperature)
+        * (
+            slow_divergence(student.logits[n], teacher.logits[n], temperature)
+            + level_decay * slow_divergence(student.auxiliary[0][n], teacher.auxiliary[0][n], temperature)
+        )
         for n in range(2)
     ]
-    loss = PixelDistillationLoss(temperature=temperature, level_decay=level_decay)(student, teacher)
+    loss = PixelDistillationLoss(temperature=temperature, temperature_squared=squared, level_decay=level_decay)
+    loss = loss(student, teacher)
     torch.testing.assert_close(loss, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
