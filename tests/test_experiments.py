@@ -27,7 +27,7 @@ def load(path: Path) -> Any:
 
 
 METHODS = load(EXPERIMENTS / "methods.yaml")
-SCALES = {name: load(EXPERIMENTS / f"{name}.yaml") for name in ("cpu", "paper")}
+SCALES = {name: load(EXPERIMENTS / f"{name}.yaml") for name in ("cpu", "paper", "real")}
 SNAKEFILE = (EXPERIMENTS / "Snakefile").read_text(encoding="utf-8")
 NAMES = {
     "baseline": "Baseline",

@@ -35,6 +35,7 @@ __all__ = [
     "check_modalities",
     "datalist_command",
     "datalist_presence",
+    "fold_cases",
     "modality_counts",
     "read_datalist",
     "read_json",
@@ -96,6 +97,33 @@ def split_cases(
     splits = {name: [case for case in labelled if section_of.get(case["case"]) == name] for name in SECTIONS}
     unlabelled = [case for case in ordered if "label" not in case]
     return {**splits, UNLABELLED_SECTION: unlabelled} if unlabelled else splits
+
+
+def fold_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> dict[str, list[Case]]:
+    """One fold of a cross-validation: its cases are the test section, all others are trained on.
+
+    Args:
+        cases: what ``discover`` found; those without a label are left out.
+        fold: 0 to folds - 1.
+        folds: K; the patients are drawn into K parts that differ by one at most, and each is tested in one fold.
+        seed: of the draw, the same for all folds.
+
+    Returns:
+        Cases by section, ordered by id; the validation section is empty.
+
+    Raises:
+        ValueError: when there is no such fold or there are fewer patients than folds.
+    """
+    labelled = sorted((case for case in cases if "label" in case), key=lambda case: str(case["case"]))
+    patients = sorted({case["patient"] for case in labelled})
+    if not 2 <= folds <= len(patients) or not 0 <= fold < folds:
+        raise ValueError(
+            f"fold must be 0 to {folds - 1} of 2 to {len(patients)} folds, as many as there are patients with a label, "
+            f"got fold {fold} of {folds}."
+        )
+    tested = set(np.array_split(np.random.default_rng(seed).permutation(patients), folds)[fold])
+    test = [case for case in labelled if case["patient"] in tested]
+    return {"training": [case for case in labelled if case not in test], "validation": [], "test": test}
 
 
 def _drawn_sections(cases: Sequence[Case], sizes: Sequence[int], seed: int) -> dict[str, str]:
@@ -453,7 +481,11 @@ def datalist_command(
     try:
         ids = {section: _read_ids(path) for section, path in lists.items() if path is not None}
         cases = discover(arguments.root)
-        splits = split_cases(cases, sizes=arguments.sizes, seed=arguments.seed, ids=ids or None)
+        if arguments.fold is None:
+            splits = split_cases(cases, sizes=arguments.sizes, seed=arguments.seed, ids=ids or None)
+        else:
+            fold, folds = arguments.fold
+            splits = fold_cases(cases, fold=fold, folds=folds, seed=arguments.seed)
         write_datalist(arguments.output, splits, spec=spec, root=arguments.root)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -477,6 +509,14 @@ def _parser(spec: DatasetSpec, description: str, epilog: str) -> argparse.Argume
         default=spec.reference_split,
         metavar=("TRAINING", "VALIDATION", "TEST"),
         help="proportions of the drawn split, counted in patients (default: %(default)s, as in the paper)",
+    )
+    parser.add_argument(
+        "--fold",
+        type=int,
+        nargs=2,
+        metavar=("FOLD", "FOLDS"),
+        help="instead of --sizes: one fold of a cross-validation, counted from 0; its patients are the test section, "
+        "all others are trained on",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn split (default: %(default)s)")
     for section in SECTIONS:

@@ -66,7 +66,7 @@ _DICE = _METRICS[0]
 
 @dataclass(frozen=True)
 class _Group:
-    """Runs of one method, backbone and missing rates, which differ in their seeds."""
+    """Runs of one method, backbone and missing rates: its seeds, or the folds of a cross-validation."""
 
     label: str
     runs: list[Run]
@@ -174,7 +174,8 @@ class _Report:
         numbers = pd.DataFrame(rows, columns=list(columns))
         text = numbers.set_index(["method", "backbone", "missing rates"])
         part = self._table("runs", "The runs, one row per method.", numbers, text, nothing_bold(text))
-        return _Section("runs", "The runs", "Runs in one row differ in their seeds only.", [part])
+        text = "Runs in one row are seeds of a method, or folds of a cross-validation, each of other cases."
+        return _Section("runs", "The runs", text, [part])
 
     def _rates(self) -> _Section:
         numbers = pd.concat([group.estimates(_METRICS) for group in sorted(self.groups, key=self._rates_order)])
@@ -526,7 +527,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "runs",
         metavar="RUN",
         nargs="+",
-        help="a run's folder, or NAME=RUN to call its method NAME; runs of one method and missing rates are its seeds",
+        help="a run's folder, or NAME=RUN to call its method NAME; runs of one method are its seeds, or folds that "
+        "have scored different cases",
     )
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the page (default: report/)")
     arguments = parser.parse_args(argv)

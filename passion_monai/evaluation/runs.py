@@ -126,6 +126,7 @@ def read_runs(arguments: Iterable[str]) -> list[Run]:
     runs = [_read_run(argument) for argument in arguments]
     for run in runs[1:]:
         _check_pair(runs[0], run)
+    _check_cases(runs)
     seen: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         key = (run.method, run.settings["backbone"], run.rates, run.settings["seed"])
@@ -139,9 +140,14 @@ def read_runs(arguments: Iterable[str]) -> list[Run]:
 
 
 def pooled_scores(runs: Sequence[Run]) -> pd.DataFrame:
-    """The scores of runs that differ in their seed only, with a column ``seed`` if they are several."""
+    """The scores of runs of one method: of its seeds, with a column ``seed``, or of the folds of a cross-validation.
+
+    Folds have scored different cases, and are one set of scores together.
+    """
     if len(runs) == 1:
         return runs[0].scores
+    if _are_folds(runs):
+        return pd.concat([run.scores for run in runs], ignore_index=True)
     return pd.concat([run.scores.assign(seed=run.settings["seed"]) for run in runs], ignore_index=True)
 
 
@@ -213,17 +219,40 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_pair(first: Run, other: Run) -> None:
-    """Check that two runs are of the same modalities, regions and test cases."""
-    both = f"{first.folder} and {other.folder} cannot stand in one report"
+    """Check that two runs are of the same modalities and regions."""
     for key in ("dataset", "modalities", "regions"):
         if first.settings[key] != other.settings[key]:
             raise ValueError(
-                f"{both}: their {key} are {first.settings[key]} and {other.settings[key]}. Make a report of each."
+                f"{first.folder} and {other.folder} cannot stand in one report: their {key} are "
+                f"{first.settings[key]} and {other.settings[key]}. Make a report of each."
             )
-    cases = [{*run.scores["case"]} for run in (first, other)]
+
+
+def _are_folds(runs: Sequence[Run]) -> bool:
+    """Whether no case was scored by two of the runs."""
+    return sum(run.scores["case"].nunique() for run in runs) == len(set().union(*(run.scores["case"] for run in runs)))
+
+
+def _check_cases(runs: Sequence[Run]) -> None:
+    """Check that the runs of a method are seeds or folds, and that all methods have scored the same cases."""
+    methods: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        methods.setdefault((run.method, run.settings["backbone"], run.rates), []).append(run)
+    for members in methods.values():
+        if not _are_folds(members):
+            for other in members[1:]:
+                _check_same_cases([members[0]], [other])
+    first, *others = methods.values()
+    for members in others:
+        _check_same_cases(first, members)
+
+
+def _check_same_cases(first: Sequence[Run], others: Sequence[Run]) -> None:
+    cases = [set().union(*(run.scores["case"] for run in members)) for members in (first, others)]
     if cases[0] != cases[1]:
         only = sorted(cases[0] ^ cases[1])
         raise ValueError(
-            f"{both}: {len(only)} test cases, such as {only[:_NAMES_IN_ERROR]}, are in one of them only. Train and "
-            "evaluate both with the same --datalist."
+            f"{first[0].folder} and {others[0].folder} cannot stand in one report: {len(only)} test cases, such as "
+            f"{only[:_NAMES_IN_ERROR]}, are in one of them only. Train and evaluate both with the same --datalist, or "
+            "give the same folds of each method."
         )

@@ -15,6 +15,7 @@ from passion_monai.datasets import DATASETS, DatasetSpec, discover, get_spec
 from passion_monai.datasets.datalist import (
     apply_presence,
     datalist_presence,
+    fold_cases,
     modality_counts,
     read_datalist,
     split_cases,
@@ -418,3 +419,35 @@ class TestPresence:
     def test_apply_errors(self, presence: list[list[int]], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             apply_presence(self.cases, presence, MODALITIES)
+
+
+@pytest.mark.parametrize(("number", "folds"), [(14, 7), (10, 3), (3, 3)])
+def test_each_patient_is_tested_in_one_fold(number: int, folds: int):
+    cases = make_cases(number)
+    splits = [fold_cases(cases, fold=fold, folds=folds, seed=1) for fold in range(folds)]
+    tested = [case["case"] for split in splits for case in split["test"]]
+    assert sorted(tested) == sorted(case["case"] for case in cases)
+    for split in splits:
+        assert len(split["test"]) in (number // folds, -(-number // folds))
+        assert not split["validation"]
+        assert {case["case"] for case in split["training"]} == {case["case"] for case in cases} - {
+            case["case"] for case in split["test"]
+        }
+    other_seed = fold_cases(cases, fold=0, folds=folds, seed=2)["test"]
+    assert number == folds or other_seed != splits[0]["test"]
+
+
+def test_a_patient_scanned_twice_is_in_one_fold_and_cases_without_label_in_none():
+    cases = [{**case, "patient": case["case"][:-1]} for case in make_cases(20)]
+    unlabelled = {key: value for key, value in cases[0].items() if key != "label"} | {"case": "z"}
+    for fold in range(2):
+        split = fold_cases([*cases, unlabelled], fold=fold, folds=2, seed=0)
+        patients = [{case["patient"] for case in split[section]} for section in ("training", "test")]
+        assert not patients[0] & patients[1]
+        assert all(case["case"] != "z" for section in split.values() for case in section)
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(-1, 2), (2, 2), (0, 1), (0, 5)])
+def test_a_fold_that_is_none_is_an_error(fold: int, folds: int):
+    with pytest.raises(ValueError, match=f"fold must be 0 to .* got fold {fold} of {folds}"):
+        fold_cases(make_cases(4), fold=fold, folds=folds, seed=0)

@@ -307,6 +307,31 @@ def test_what_the_runs_lack_is_left_out_and_said(tmp_path: Path) -> None:
     assert set(page.rows) == {"runs", "table1", "table3_dice", "table3_hd95", "table3_hd95_released", "contributions"}
 
 
+def make_folds(folder: Path, **settings: Any) -> list[str]:
+    """Runs of one method, of which each has scored one of the cases; together they have what `make_run` has."""
+    folds = [make_run(folder / case, seed=fold, files=False, **settings) for fold, case in enumerate(CASES)]
+    for fold, case in zip(folds, CASES, strict=True):
+        change_scores(fold, lambda table, case=case: table[table["case"] == case])
+    return list(map(str, folds))
+
+
+def test_folds_are_one_run_of_all_cases(tmp_path: Path) -> None:
+    whole = [make_run(tmp_path / "whole"), make_run(tmp_path / "better", dice=0.6, objective="pmr")]
+    folds = make_folds(tmp_path / "a") + make_folds(tmp_path / "b", dice=0.6, objective="pmr")
+    for runs, name in ((whole, "whole_report"), (folds, "fold_report")):
+        main([*map(str, runs), "--output", str(tmp_path / name)])
+    for table in ("table1", "table3_dice", "tests"):
+        expected, found = ((tmp_path / name / f"{table}.csv").read_text() for name in ("whole_report", "fold_report"))
+        assert found == expected, table
+
+
+def test_methods_with_other_folds_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folds = make_folds(tmp_path / "a") + make_folds(tmp_path / "b", objective="pmr")
+    with pytest.raises(SystemExit):
+        main([*folds[:-1], "--output", str(tmp_path / "report")])
+    assert "the same folds of each method" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
