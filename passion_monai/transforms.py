@@ -33,6 +33,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from passion_monai.files import complete_file
+from passion_monai.presence import combination_name
 
 __all__ = [
     "FULL_CONFIDENCE",
@@ -560,8 +561,9 @@ class ReplaceSmallClassesd(MapTransform):
 class SaveSegmentationd(MapTransform):
     """Write a class map as ``<case>_seg.nii.gz`` with the data set's label values, and ``<case>_seg.json`` beside it.
 
-    The JSON file says which modalities were used, which were missing, the file of each (null for a missing one), and
-    the volume of each region in millilitres. A file under its final name is complete.
+    The JSON file says which modalities were used, which were missing, the file of each (null for a missing one), the
+    volume of each region in millilitres, and as ``expected_scores`` what the network reached in its evaluation with
+    just these modalities (null where it was not evaluated). A file under its final name is complete.
 
     Args:
         keys: key of the class map, int [1, H, W, D] with the affine of the file to write.
@@ -570,6 +572,7 @@ class SaveSegmentationd(MapTransform):
         values: file value of each class, background first; a case's ``label_values`` hold instead.
         class_names: name of each class.
         regions: classes of each region, for the volumes.
+        expected_scores: what :func:`passion_monai.evaluation.expected.read_expected_scores` gives.
     """
 
     def __init__(
@@ -581,6 +584,7 @@ class SaveSegmentationd(MapTransform):
         values: Sequence[int],
         class_names: Sequence[str],
         regions: Mapping[str, Sequence[int]],
+        expected_scores: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
@@ -588,6 +592,7 @@ class SaveSegmentationd(MapTransform):
         self.values = tuple(values)
         self.class_names = tuple(class_names)
         self.regions = dict(regions)
+        self.expected_scores = expected_scores
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
@@ -618,4 +623,12 @@ class SaveSegmentationd(MapTransform):
             "files": {name: data["files"].get(name) for name in self.modalities},
             "labels": dict(zip(self.class_names, values.tolist(), strict=True)),
             "region_volumes_ml": {name: round(float(volume) / 1000, 3) for name, volume in volumes.items()},
+            "expected_scores": self._expected(list(presence.values())),
         }
+
+    def _expected(self, presence: list[bool]) -> dict[str, Any] | None:
+        """Scores of the regions with a combination of modalities, and which data they were measured on."""
+        name = combination_name(presence, self.modalities)
+        if self.expected_scores is None or name not in self.expected_scores["combinations"]:
+            return None
+        return {"data": self.expected_scores["data"], "regions": self.expected_scores["combinations"][name]}

@@ -293,7 +293,7 @@ class TestReplaceSmallClassesd:
 
 
 class TestSaveSegmentationd:
-    def save(self, case: dict[str, Any], folder: Path) -> None:
+    def save(self, case: dict[str, Any], folder: Path, **settings: Any) -> None:
         data = pipeline()(case)
         data = RestoreClassesd()(data | {"pred": one_hot_probabilities(data["image"][:1].round().clamp(0, 2))})
         regions = {"whole": (1, 2), "core": (2,)}
@@ -303,6 +303,7 @@ class TestSaveSegmentationd:
             values=VALUES,
             class_names=("none", "edge", "core"),
             regions=regions,
+            **settings,
         )(data)
 
     def test_writes_label_values_on_the_grid_of_the_input(self, make_case: MakeCase, tmp_path: Path):
@@ -325,6 +326,17 @@ class TestSaveSegmentationd:
         written = np.asarray(nib.load(tmp_path / "out" / "case1_seg.nii.gz").dataobj)
         assert record["region_volumes_ml"]["whole"] == pytest.approx((written > 0).sum() * 8 / 1000, abs=1e-3)
         assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+    def test_tells_the_scores_of_the_case_s_combination(self, make_case: MakeCase, tmp_path: Path):
+        scores = {"data": "two cases", "combinations": {"b+c": {"whole": {"dice": 0.5}}, "b": {"whole": {"dice": 0.1}}}}
+        case = make_case()
+        case_bc, case_ac = ({name: case[name] for name in case if name != missing} for missing in ("a", "b"))
+        self.save(case_bc, tmp_path / "b+c", expected_scores=scores)
+        self.save(case_ac, tmp_path / "a+c", expected_scores=scores)
+        self.save(case_bc, tmp_path / "none")
+        records = [json.loads((tmp_path / name / "case1_seg.json").read_text()) for name in ("b+c", "a+c", "none")]
+        told = {"data": "two cases", "regions": {"whole": {"dice": 0.5}}}
+        assert [record["expected_scores"] for record in records] == [told, None, None]
 
 
 def test_stacking_refuses_different_shapes():

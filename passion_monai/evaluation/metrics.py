@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import multiprocessing
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from passion_monai import __version__
 from passion_monai.evaluation.calibration import expected_calibration_error
+from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
 from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.score_files import ScoreFiles
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
@@ -250,7 +250,8 @@ class CombinationScores:
     both on the file's grid, which gives the spacing; ``case`` and ``presence`` bool [M] in the batch. Combinations of
     modalities that a case does not have are left out.
 
-    A run writes ``scores.csv`` anew, case by case, and ``table.md`` in the end. To go on with an interrupted one, give
+    A run writes ``scores.csv`` anew, case by case, and in the end ``table.md`` and ``expected_scores.json``, see
+    :mod:`passion_monai.evaluation.expected`. To go on with an interrupted one, give
     the evaluator the :meth:`remaining` cases only.
 
     Args:
@@ -263,6 +264,7 @@ class CombinationScores:
         weights: checkpoint that is evaluated. Scores of another one are not gone on with.
         keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
             class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
+        data: which cases these are, for people to read.
         settings: whatever else the scores depend on, likewise.
 
     Raises:
@@ -280,6 +282,7 @@ class CombinationScores:
         calibration: bool = False,
         weights: str | Path | None = None,
         keep_cases: int = 0,
+        data: str = "",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -288,12 +291,13 @@ class CombinationScores:
         self.num_workers = num_workers
         self.calibration = calibration
         self.keep_cases = keep_cases
+        self.data = data
         self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
         self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
         columns = {_SCORES: SCORE_COLUMNS} | ({_CALIBRATION: _CALIBRATION_COLUMNS} if calibration else {})
         made_with = {
             "version": __version__,
-            "weights_sha256": None if weights is None else _sha256(Path(weights)),
+            "weights_sha256": None if weights is None else checksum(weights),
             "modalities": self.modalities,
             "regions": self.regions,
             **(settings or {}),
@@ -410,13 +414,17 @@ class CombinationScores:
         self._write_table()
 
     def _write_table(self) -> None:
-        path = self.output_dir / "table.md"
+        path, expected = self.output_dir / "table.md", self.output_dir / FILE_NAME
         if not self.files.cases:  # all have failed
             path.unlink(missing_ok=True)
+            expected.unlink(missing_ok=True)
             return
-        table = report(read_scores(self.output_dir / _SCORES), modalities=self.modalities, regions=self.regions)
+        scores = read_scores(self.output_dir / _SCORES)
+        table = report(scores, modalities=self.modalities, regions=self.regions)
         with complete_file(path) as unfinished:
             unfinished.write_text(table, encoding="utf-8")
+        weights = self.files.settings["weights_sha256"]
+        write_expected_scores(expected, scores, weights_sha256=weights, data=self.data)
 
     def _stop(self, _engine: Engine, error: Exception) -> None:
         """Write what was predicted before an error, then let the error go on: it is the first, and the one to mend."""
@@ -479,12 +487,6 @@ def _score(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> dict[
 
 def _or_if_empty(distance: float, empty_distance: float) -> float:
     return empty_distance if math.isnan(distance) else distance
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():  # what loads them says so, when the run starts
-        return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _spacing(case: str, *maps: Tensor) -> list[float]:

@@ -172,8 +172,8 @@ class _Report:
             for group in self.groups
         ]
         numbers = pd.DataFrame(rows, columns=list(columns))
-        text = numbers.set_index(["method", "backbone", "missing rates"])
-        part = self._table("runs", "The runs, one row per method.", numbers, text, nothing_bold(text))
+        shown = numbers.set_index(["method", "backbone", "missing rates"])
+        part = self._table("runs", "The runs, one row per method.", numbers, shown, nothing_bold(shown))
         text = "Runs in one row are seeds of a method, or folds of a cross-validation, each of other cases."
         return _Section("runs", "The runs", text, [part])
 

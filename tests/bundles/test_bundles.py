@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -171,6 +172,12 @@ class TestInference:
         record = json.loads((predictions / f"{first['case']}_seg.json").read_text())
         assert [path for path in record["files"].values() if path] == [first[present[0]]]
         assert record["modalities_missing"] == present[1:]
+        scores = pd.read_csv(trained / "evaluation" / "scores.csv").query(f"combination == '{present[0]}'")
+        assert record["expected_scores"]["data"] == "phantom"
+        for region, rows in scores.groupby("region"):
+            expected = record["expected_scores"]["regions"][region]["dice"]
+            assert expected["mean"] == pytest.approx(rows["dice"].mean(), abs=1e-4)
+            assert expected["cases"] == len(rows)
         written, source = nib.load(predictions / f"{first['case']}_seg.nii.gz"), nib.load(first[present[0]])
         assert written.shape == source.shape
         np.testing.assert_allclose(written.affine, source.affine, atol=1e-4)

@@ -1,0 +1,82 @@
+"""What a network reached with each combination of modalities, kept beside its weights and told with each prediction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from passion_monai.evaluation.statistics import summarise
+from passion_monai.files import complete_file
+
+__all__ = ["FILE_NAME", "checksum", "read_expected_scores", "write_expected_scores"]
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "expected_scores.json"
+_METRICS = ("dice", "hd95_mm")
+_DIGITS = 4
+
+
+def checksum(weights: str | Path) -> str | None:
+    """SHA-256 of a file of weights; None where there is none."""
+    path = Path(weights)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha256: str | None, data: str) -> None:
+    """Write the mean scores of each combination and region, with their 95 % intervals over the cases, as JSON.
+
+    Args:
+        path: the file, called `FILE_NAME` in the folder ``evaluation`` beside the weights' folder.
+        scores: rows with `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`.
+        weights_sha256: of the weights that were evaluated, see :func:`checksum`; no others have these scores.
+        data: which cases were scored, for people to read.
+    """
+    combinations: dict[str, Any] = {}
+    for metric in _METRICS:
+        for row in summarise(scores, metric).to_dict("records"):
+            regions = combinations.setdefault(row["combination"], {})
+            numbers = {name: _number(row[name]) for name in ("mean", "low", "high")}
+            regions.setdefault(row["region"], {})[metric] = numbers | {"cases": row["cases"]}
+    content = {"weights_sha256": weights_sha256, "data": data, "combinations": combinations}
+    with complete_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_expected_scores(weights: Any) -> dict[str, Any] | None:
+    """What was written for these weights, or None where they were not evaluated.
+
+    Args:
+        weights: path of the checkpoint. In the folder ``evaluation`` beside its folder is where evaluations of a run
+            put their files.
+
+    Returns:
+        ``data`` and ``combinations``, as :func:`write_expected_scores` has them.
+
+    Raises:
+        ValueError: when the file is there and cannot be read.
+    """
+    if not isinstance(weights, (str, Path)):  # several networks that are averaged have no scores of their own
+        return None
+    path = Path(weights).absolute().parent.parent / "evaluation" / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known, found = content["weights_sha256"], {key: content[key] for key in ("data", "combinations")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); delete it, or run the evaluation again.") from error
+    if known != checksum(weights):
+        logger.warning(f"{path} is of other weights than {weights}: no scores are told. Run the evaluation again.")
+        return None
+    return found
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, _DIGITS)
