@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
@@ -97,6 +99,35 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
     said = run(small, "train", run_id="check", **places)
     assert "3 case(s) cannot be used" in said
     assert "the other 3 cases are in order" in said
+
+
+def test_a_background_that_is_not_0_from_check_to_inference(small: Any, tmp_path: Path):
+    """Said for the case, which is left out, or taken with the remedy: then its segmentation is that of the original."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    first, second, *_ = write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 4}))
+    torch.save(RFNet(3, 4, 4, img_size=32, width=4).state_dict(), tmp_path / "model.pt")
+    places = {"dataset_dir": str(data), "output_dir": str(out)}
+    check = places | {"run_id": "check", "missing_rates": [0.0] * 4}
+    inference = places | {"ckpt_path": str(tmp_path / "model.pt")}
+    assert run(small, "inference", **inference) == ""
+    expected = nib.load(out / "predictions" / f"{first.name}_seg.nii.gz").get_fdata()
+    for name in ("flair", "t1"):
+        image = nib.load(first / f"{first.name}_{name}.nii.gz")
+        nib.save(nib.Nifti1Image(image.get_fdata() - 500, image.affine), first / f"{first.name}_{name}.nii.gz")
+    shutil.rmtree(out)
+
+    for said in (run(small, "train", **check), run(small, "inference", **inference)):
+        assert f"1 case(s) cannot be used:\nCase {first.name}: flair file" in said
+        assert "has the value -500 at its border and not 0" in said
+        assert "set foreground to 'constant_border'" in said
+    assert (out / "predictions" / f"{second.name}_seg.nii.gz").is_file()
+    assert not (out / "predictions" / f"{first.name}_seg.nii.gz").exists()
+
+    remedied = {"foreground": "constant_border"}
+    assert run(small, "train", **check, **remedied) == ""
+    assert run(small, "inference", **inference, **remedied) == ""
+    found = nib.load(out / "predictions" / f"{first.name}_seg.nii.gz").get_fdata()
+    assert (found == expected).mean() > 0.999  # intensities differ by rounding
 
 
 @pytest.fixture
