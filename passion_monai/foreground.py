@@ -1,4 +1,4 @@
-"""A background of 0, by which the crop to the brain and the normalisation inside it go."""
+"""Background of 0, by which the crop to the brain and the normalisation inside it go, and predictions are cleared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-__all__ = ["ZeroBackgroundd"]
+from passion_monai.presence import combinations
+
+__all__ = ["ClearBackgroundd", "ZeroBackgroundd"]
 
 _FOREGROUNDS = ("nonzero", "constant_border", "otsu", "unchecked")
 _MOST = 0.9  # of a volume is never brain: in BraTS it is less than half of the box around it, 0.76 of a slab of 2 cm
@@ -69,6 +71,43 @@ class ZeroBackgroundd(MapTransform):
         if self.foreground == "otsu":
             return image * torch.from_numpy(_head(image.numpy()[0]))
         return image
+
+
+class ClearBackgroundd(MapTransform):
+    """Let predicted probabilities say background wherever the images show none of the head.
+
+    That is where every modality that a prediction is made from is 0, and none has the place enclosed. It is no part of
+    PASSION: a network has learned of the air from crops that hold some of it, and may see a tumour there.
+
+    Args:
+        keys: key of the probabilities, [K, ...], or [P, K, ...] for all combinations, class 0 being the background.
+            They are changed in place, as those of all combinations take much memory.
+        image_key: the image [M, ...] that they were computed from.
+        presence_key: which of its channels are there, bool [M].
+    """
+
+    def __init__(self, keys: str = "pred", *, image_key: str = "image", presence_key: str = "presence") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.presence_key = presence_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image, presence = torch.as_tensor(data[self.image_key]).cpu(), data[self.presence_key].cpu()
+        heads = torch.stack([torch.from_numpy(ndimage.binary_fill_holes(channel.numpy() != 0)) for channel in image])
+        for key in self.keys:
+            if data[key].ndim == image.ndim:
+                _clear(data[key], outside=~heads.any(dim=0))
+                continue
+            for probabilities, row in zip(data[key], combinations(len(image)), strict=True):
+                if bool(presence[row].all()):  # all others are NaN, and stay so
+                    _clear(probabilities, outside=~heads[row].any(dim=0))
+        return dict(data)
+
+
+def _clear(probabilities: Tensor, *, outside: Tensor) -> None:
+    """Put the background into probabilities [K, ...], in place."""
+    probabilities.masked_fill_(outside.to(probabilities.device), 0)
+    probabilities[0].masked_fill_(outside.to(probabilities.device), 1)
 
 
 def _doubt(image: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Images whose background is not 0: what is in doubt, what is not, and what each remedy makes of it."""
+"""Images whose background is not 0, what each remedy makes of them; and predictions in the background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, NormalizeIntensityd
 
 from passion_monai.datasets.brain_phantom import brain_phantom
-from passion_monai.foreground import ZeroBackgroundd
+from passion_monai.foreground import ClearBackgroundd, ZeroBackgroundd
+from passion_monai.presence import combinations
 from passion_monai.transforms import CropToForegroundd
 
 RNG = np.random.default_rng(0)
@@ -135,3 +136,49 @@ def test_a_missing_modality_is_not_looked_for():
 def test_another_choice_is_refused():
     with pytest.raises(ValueError, match=r"foreground must be one of \['nonzero', .*\], got 'zero'"):
         ZeroBackgroundd(("a",), foreground="zero")
+
+
+class TestClearBackground:
+    SHAPE = (6, 7, 5)
+
+    def image(self) -> torch.Tensor:
+        """Two modalities, the second of a larger head; voxel 0 is air in both, and (2, 2, 2) is a 0 within both."""
+        image = torch.zeros(2, *self.SHAPE)
+        image[0, 1:4, 1:4, 1:4] = 1
+        image[1, 1:5, 1:6, 1:4] = -1
+        image[:, 2, 2, 2] = 0
+        return image
+
+    def clear(self, probabilities: torch.Tensor, image: torch.Tensor, presence: list[bool]) -> torch.Tensor:
+        data = {"pred": probabilities.clone(), "image": MetaTensor(image), "presence": torch.tensor(presence)}
+        cleared: torch.Tensor = ClearBackgroundd()(data)["pred"]
+        return cleared
+
+    def tumour(self, *leading: int) -> torch.Tensor:
+        """Class 1 everywhere."""
+        return torch.tensor([0.1, 0.9])[:, None, None, None].expand(*leading, 2, *self.SHAPE)
+
+    def test_outside_of_all_modalities_is_background(self):
+        cleared = self.clear(self.tumour(), self.image(), [True, True])
+        larger = torch.zeros(self.SHAPE, dtype=torch.bool)
+        larger[1:5, 1:6, 1:4] = True
+        assert torch.equal(cleared.argmax(dim=0) == 1, larger)
+        assert torch.equal(cleared[:, larger], self.tumour()[:, larger])
+        assert torch.equal(cleared.sum(dim=0), torch.ones(self.SHAPE))
+
+    def test_each_combination_goes_by_its_own_modalities(self):
+        """The head that a modality shows is not known to combinations without it."""
+        cleared = self.clear(self.tumour(3), self.image(), [True, True])
+        assert (cleared.argmax(dim=1) == 1).sum(dim=(1, 2, 3)).tolist() == [27, 60, 60]
+        for row, found in zip(combinations(2), cleared, strict=True):
+            alone = self.image() * torch.from_numpy(row)[:, None, None, None]
+            assert torch.equal(found, self.clear(self.tumour(), alone, row.tolist()))
+
+    def test_what_is_not_there_stays_nan(self):
+        image = self.image()
+        image[1] = 0
+        predicted = self.tumour(3).clone()
+        predicted[1:] = torch.nan
+        cleared = self.clear(predicted, image, [True, False])
+        assert cleared.isnan().all(dim=(1, 2, 3, 4)).tolist() == [False, True, True]
+        assert int((cleared[0].argmax(dim=0) == 1).sum()) == 27

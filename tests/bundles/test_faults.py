@@ -14,7 +14,8 @@ from typing import Any
 import nibabel as nib
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 
 from passion_monai.datasets.phantom import write_phantom
@@ -128,6 +129,26 @@ def test_a_background_that_is_not_0_from_check_to_inference(small: Any, tmp_path
     assert run(small, "inference", **inference, **remedied) == ""
     found = nib.load(out / "predictions" / f"{first.name}_seg.nii.gz").get_fdata()
     assert (found == expected).mean() > 0.999  # intensities differ by rounding
+
+
+@pytest.mark.parametrize(
+    ("workflow", "name"),
+    [("train", "validate::postprocessing"), ("evaluate", "postprocessing"), ("inference", "postprocessing")],
+)
+def test_no_prediction_stays_outside_of_the_head(small: Any, tmp_path: Path, workflow: str, name: str):
+    """Not in what is scored, in validation and in the end, and not in what is written; unless that is not wanted."""
+    combinations = [] if workflow == "inference" else [15]
+    image = torch.zeros(4, 8, 8, 8)
+    image[:, 2:6, 2:6, 2:6] = 1
+    sample = {"case": "x", "files": {}, "presence": torch.ones(4, dtype=torch.bool)}
+    for wanted, voxels in ((True, 4**3), (False, 8**3)):
+        config = ConfigParser(ConfigParser.load_config_file(str(small.folder / "configs" / f"{workflow}.yaml")))
+        config.update({"bundle_root": str(small.folder), "output_dir": str(tmp_path), "clear_background": wanted})
+        pred = torch.tensor([0.1, 0.9, 0, 0])[:, None, None, None].expand(*combinations, 4, 8, 8, 8).clone()
+        meta = {"original_affine": torch.eye(4), "spatial_shape": (8, 8, 8)}
+        restore = config.get_parsed_content(name)
+        restored = restore(sample | {"pred": pred, "image": MetaTensor(image, affine=torch.eye(4), meta=meta)})
+        assert (restored["pred"] > 0).sum(dim=(1, 2, 3)).unique().tolist() == [voxels]
 
 
 @pytest.fixture
