@@ -268,11 +268,12 @@ def read_presence(
         ValueError: naming the file, the line and the case, when the content is something else than described.
     """
     path = Path(path)
-    if path.suffix not in (".json", ".csv"):
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".csv"):
         raise ValueError(f"path must end in .json or .csv, got {path}.")
     if not path.is_file():
         raise FileNotFoundError(f"Presence file {path} does not exist; write_presence makes one.")
-    if path.suffix == ".json":
+    if suffix == ".json":
         return _read_json(path, modalities)
     return _read_csv(path, modalities, csv_modalities=csv_modalities or modalities, csv_prefixes=csv_prefixes)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,17 +204,21 @@ class LoadCased(MapTransform):
         return image
 
     def _load(self, path: str) -> MetaTensor:
-        is_nifti = path.endswith((".nii", ".nii.gz"))
+        name = path.lower()  # extensions may be in capitals
+        is_nifti = name.endswith((".nii", ".nii.gz"))
         if not Path(path).exists():
             raise FileNotFoundError("it does not exist")
         if Path(path).is_dir() and (count := _count_series(path)) != 1:
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
-        if path.endswith(".gz"):
+        if name.endswith(".gz"):
             _check_gzip(path)
         if is_nifti:
             _check_header(path)
         # Given with each call, or LoadImage would try all other readers where this one refuses a file.
-        image: MetaTensor = self.load(path, reader=self.nifti_reader if is_nifti else self.reader)
+        reader = self.nifti_reader if is_nifti else self.reader
+        if name.endswith((".mha", ".mhd")):
+            reader = ITKReader(imageio=itk.MetaImageIO.New())  # which ITK does not choose by itself for .MHA
+        image: MetaTensor = self.load(path, reader=reader)
         return image
 
 
@@ -229,10 +234,12 @@ def _check_header(path: str) -> None:
 
     And one without a finite affine, in the place of which MONAI puts something else, with no more than a warning.
     """
+    if not re.search(r"\.(nii|NII)(\.[gG][zZ])?$", path):
+        raise ValueError("nibabel reads .nii or .NII, not mixed letters; rename it")
     image: Any = nib.load(path)
     claimed = math.prod(image.shape) * image.get_data_dtype().itemsize
     size = Path(path).stat().st_size
-    if claimed > size * (MAX_COMPRESSION if path.endswith(".gz") else 1):
+    if claimed > size * (MAX_COMPRESSION if path.lower().endswith(".gz") else 1):
         raise ValueError(f"its header claims voxels of {claimed} bytes, which a file of {size} bytes cannot hold")
     if not np.isfinite(image.affine).all():
         raise ValueError("its affine is not finite")

@@ -29,6 +29,7 @@ from passion_monai.datasets import check_classes, discover
 from passion_monai.datasets.cohort import inference_cases, training_cases, validation_cases
 from passion_monai.datasets.datalist import check_modalities, read_datalist
 from passion_monai.faults import FAULT_KEY, Fault, FaultReport, TolerantDataset, raise_faults
+from passion_monai.foreground import ZeroBackgroundd
 from passion_monai.networks import MMFormer, RFNet
 from passion_monai.networks.checkpoints import load_weights, read_state_dict
 from passion_monai.networks.pretrained import transfer_weights
@@ -55,6 +56,7 @@ def pipeline() -> Compose:
         [
             MaskModalitiesd(MODALITIES),
             LoadCased(MODALITIES),
+            ZeroBackgroundd(MODALITIES),
             AlignModalitiesd(MODALITIES, label_key="label"),
             LabelsToClassesd("label", values=VALUES),
             Orientationd(MODALITIES, axcodes="RAS", labels=None, allow_missing_keys=True),
@@ -177,6 +179,16 @@ FILES = (
     ),
     Bad("a scale that overflows", lambda case: overflow(case["b"]), "b file .* (cannot be read .overflow|holds NaN)"),
     Bad("an image of one value", lambda case: rewrite(case["b"], np.ones_like), "b file .* is 1.0 everywhere; give"),
+    Bad(
+        "a z-score of the whole image, background and all",
+        lambda case: rewrite(case["b"], lambda image: (image - image.mean()) / image.std()),
+        "b file .* has the value -0.6.* at its border and not 0, .*foreground to 'constant_border'",
+    ),
+    Bad(
+        "noise in the air, or the skull",
+        lambda case: rewrite(case["b"], lambda image: image + np.random.default_rng(0).rayleigh(3, image.shape)),
+        "b file .* is not 0 in 100% of its voxels, .*'otsu'",
+    ),
     Bad("an image without foreground", lambda case: rewrite(case["b"], np.zeros_like), "b file .* is 0.0 everywhere"),
     Bad(
         "sequences of different shape",

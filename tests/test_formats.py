@@ -98,6 +98,23 @@ def test_every_format_gives_the_voxels_of_the_nifti(tmp_path: Path, kind: str, a
     torch.testing.assert_close(loaded["a"].affine, loaded["b"].affine, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["nii.gz", "nii", "nrrd", "mha", "mhd"])
+def test_an_extension_may_be_in_capitals(tmp_path: Path, kind: str):
+    write = write_nifti if "nii" in kind else write_itk
+    file = write(tmp_path / f"a.{kind}", volume(), AFFINES["oblique"])
+    loaded = LoadCased(MODALITIES)({"case": "x", "a": str(file)})["a"]
+    capitals = file.rename(tmp_path / f"a.{kind.upper()}")
+    again = LoadCased(MODALITIES)({"case": "x", "a": str(capitals)})["a"]
+    assert torch.equal(loaded.as_tensor(), again.as_tensor())
+    assert torch.equal(loaded.affine, again.affine)
+
+
+def test_mixed_letters_that_nibabel_does_not_read_are_named(tmp_path: Path):
+    file = write_nifti(tmp_path / "a.nii", volume(), AFFINES["oblique"])
+    with pytest.raises(ValueError, match=r"a file .*a\.Nii cannot be read \(nibabel reads \.nii or \.NII"):
+        LoadCased(MODALITIES)({"case": "x", "a": str(file.rename(tmp_path / "a.Nii"))})
+
+
 def test_the_prediction_of_a_series_lies_on_its_grid(tmp_path: Path):
     affine, array = AFFINES["oblique"], volume()
     case = {"case": "x", "a": str(write_dicom(tmp_path / "a", array, affine)), "presence": torch.tensor([True, False])}

@@ -304,3 +304,9 @@ class TestCsv:
         path = self.write(tmp_path, "")
         with pytest.raises(ValueError, match=r"modalities \('a', 'b'\), expected \['a', 'b', 'c', 'd'\]"):
             read_presence(path, MODALITIES, csv_modalities=("a", "b"))
+
+
+def test_a_presence_file_may_have_its_extension_in_capitals(tmp_path: Path) -> None:
+    write_presence(tmp_path / "p.json", ["x"], [[1, 0]], modalities=("a", "b"))
+    (tmp_path / "p.json").rename(tmp_path / "p.JSON")
+    assert read_presence(tmp_path / "p.JSON", ("a", "b"))["x"].tolist() == [True, False]

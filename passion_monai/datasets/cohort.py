@@ -61,6 +61,7 @@ def prepare_datalist(
     root = Path(dataset_dir) if dataset_dir is not None else _phantom(dataset, output_dir, phantom)
     if path.is_file():
         _check_root(path, root)
+        discover(dataset, root, keep_faulty=True)  # for what it says of images that it does not know
         return str(path)
     spec = get_spec(dataset)
     splits = split_cases(discover(dataset, root), sizes=spec.reference_split, seed=seed)

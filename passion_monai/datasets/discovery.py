@@ -1,7 +1,8 @@
 """Finding the cases of a data set by the names of its files, for all data sets alike.
 
 A file is called ``<case><separator><suffix>.nii[.gz]``, or has the extension of another format that is read; a modality
-may also be the folder of a DICOM series, called ``<case><separator><suffix>``.
+may also be the folder of a DICOM series, called ``<case><separator><suffix>``. An extension may be in capitals. Images
+that are called otherwise are never left out in silence: one of them may be the modality that seems to be missing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ __all__ = ["Naming", "discover_cases", "strip_extension"]
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
-_IMAGE = re.compile("|".join(f"{re.escape(extension)}$" for extension in EXTENSIONS))
+_IMAGE = re.compile("|".join(f"{re.escape(extension)}$" for extension in EXTENSIONS), re.IGNORECASE)
+_DICOM = re.compile(r"\.(dcm|ima)$", re.IGNORECASE)
+# How the name of an image ends that people derive from others, and that is no modality called differently.
+_DERIVED = re.compile(r"(mask|seg|label|lesion|roi|pred|prob)[a-z]*\d*$", re.IGNORECASE)
+_SHOWN = 5  # of the files that a message lists
 
 
 def strip_extension(name: str) -> str:
@@ -72,7 +77,8 @@ def discover_cases(
 ) -> list[dict[str, Any]]:
     """Find all cases below a folder, which may also be the folder of a single case.
 
-    Hidden files and folders are left out; linked folders are not followed, which is logged.
+    Hidden files and folders are left out; linked folders are not followed, which is logged, as are images that are
+    called like no modality.
 
     Args:
         root: the folder that is searched.
@@ -92,12 +98,14 @@ def discover_cases(
     Raises:
         FileNotFoundError: when ``root`` is no folder or holds no case.
         ValueError: naming all cases, and their files, that have two files for one modality, lie in two folders, are
-            named in two ways, have a label only, a broken link, a pipe or a folder called like an image.
+            named in two ways, have a label only, a broken link, a pipe or a folder called like an image; or when no
+            case has a modality, while images called otherwise lie beside the cases.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"root {root} is not a folder; pass the folder that holds the {title} cases.")
     found: dict[str, list[_File]] = {}
+    unknown = []
     for path in _walk(root, namings):
         stem = rename(strip_extension(path.name))
         for naming in namings:
@@ -105,12 +113,15 @@ def discover_cases(
             if identity is not None:
                 found.setdefault(identity[0], []).append(_File(path, *identity, naming))
                 break
+        else:
+            unknown.append(path)
     if not found:
         names = [f"*{naming.separator}{suffix}.nii[.gz]" for naming in namings for suffix in naming.keys]
         raise FileNotFoundError(
             f"root {root} holds no {title} case; looked for files named {', '.join(dict.fromkeys(names))}, for "
-            f"{', '.join(EXTENSIONS[2:])}, and for folders of a DICOM series."
+            f"{', '.join(EXTENSIONS[2:])}, and for folders of a DICOM series; found {_first(unknown, root)}."
         )
+    _report_unknown(unknown, [file for files in found.values() for file in files], modalities, namings, root=root)
     cases = []
     for case in sorted(found):
         entry: dict[str, Any] = {"case": case, "patient": patient(case)}
@@ -126,8 +137,49 @@ def discover_cases(
     return cases
 
 
+def _report_unknown(
+    unknown: Sequence[Path],
+    known: Sequence[_File],
+    modalities: Sequence[str],
+    namings: Sequence[Naming],
+    *,
+    root: Path,
+) -> None:
+    """Say which images are called like no modality; an error where they may be one that seems to be missing."""
+    if not unknown:
+        return
+    names = "; ".join(
+        ", ".join(f"{naming.separator}{suffix} ({key})" for suffix, key in naming.keys.items()) for naming in namings
+    )
+    remedy = (
+        f"Names end in {names}, where capitals count. Rename the images that are one of these, or say which "
+        "file is what in a datalist (datalist of a bundle; files for a single patient)"
+    )
+    folders = {file.path.parent for file in known}
+    doubtful = [path for path in unknown if path.parent in folders and not _DERIVED.search(strip_extension(path.name))]
+    absent = [name for name in modalities if name not in {file.key for file in known}]
+    if doubtful and absent:
+        raise ValueError(
+            f"No case below {root} has {', '.join(absent)}, but there are {_first(doubtful, root)}, which are called "
+            f"like no modality. {remedy}; and move those that are none out of the folder."
+        )
+    logger.warning(
+        "Not used: below %s there are %s, which are called like no modality. %s; where they are none, such as masks, "
+        "all is well.",
+        root,
+        _first(unknown, root),
+        remedy,
+    )
+
+
+def _first(paths: Sequence[Path], root: Path) -> str:
+    """How many images there are, and the first few of them."""
+    shown = ", ".join(str(path.relative_to(root)) for path in paths[:_SHOWN])
+    return f"{len(paths)} other image(s)" + (f": {shown}" if paths else "") + ", ..." * (len(paths) > _SHOWN)
+
+
 def _walk(root: Path, namings: Sequence[Naming]) -> Iterator[Path]:
-    """All image files below ``root``, and folders of a DICOM series or called like an image, in a stable order."""
+    """All image files below ``root``, and folders of DICOM files or called like an image, in a stable order."""
     for folder, subfolders, names in os.walk(root, onerror=lambda error: logger.warning("Left out: %s", error)):
         visible = sorted(name for name in subfolders if not name.startswith("."))
         for name in visible:
@@ -137,16 +189,23 @@ def _walk(root: Path, namings: Sequence[Naming]) -> Iterator[Path]:
         subfolders[:] = [name for name in visible if name not in taken]
         files = sorted(name for name in names if not name.startswith(".") and _IMAGE.search(name))
         yield from (Path(folder) / name for name in [*taken, *files])
+        if any(_DICOM.search(name) for name in names) and not _identify(Path(folder).name, namings):
+            yield Path(folder)
 
 
 def _is_image(name: str, namings: Sequence[Naming]) -> bool:
     """Whether something, which ought to be no folder then, is called like the image of a modality."""
-    return bool(_IMAGE.search(name)) and any(naming.identify(strip_extension(name)) for naming in namings)
+    return bool(_IMAGE.search(name)) and _identify(strip_extension(name), namings)
+
+
+def _identify(stem: str, namings: Sequence[Naming]) -> bool:
+    """Whether a name without extension is that of a modality or label."""
+    return any(naming.identify(stem) for naming in namings)
 
 
 def _is_series(folder: Path, namings: Sequence[Naming]) -> bool:
     """Whether a folder is called like a modality and holds files, none of them an image of another format."""
-    if folder.is_symlink() or not any(naming.identify(folder.name) for naming in namings):
+    if folder.is_symlink() or not _identify(folder.name, namings):
         return False
     content = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return bool(content) and all(path.is_file() and not _IMAGE.search(path.name) for path in content)

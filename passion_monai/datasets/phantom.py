@@ -136,7 +136,7 @@ def write_phantom(
 def is_phantom(path: str | Path) -> bool:
     """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
     path = Path(path)
-    if not path.name.endswith(".nii.gz"):
+    if not path.name.lower().endswith(".nii.gz"):
         return False
     image: Any = nib.load(path)
     return MARK.encode() in image.header["descrip"].item()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 
 from passion_monai.datasets.phantom import write_phantom
@@ -97,6 +100,55 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
     said = run(small, "train", run_id="check", **places)
     assert "3 case(s) cannot be used" in said
     assert "the other 3 cases are in order" in said
+
+
+def test_a_background_that_is_not_0_from_check_to_inference(small: Any, tmp_path: Path):
+    """Said for the case, which is left out, or taken with the remedy: then its segmentation is that of the original."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    first, second, *_ = write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 4}))
+    torch.save(RFNet(3, 4, 4, img_size=32, width=4).state_dict(), tmp_path / "model.pt")
+    places = {"dataset_dir": str(data), "output_dir": str(out)}
+    check = places | {"run_id": "check", "missing_rates": [0.0] * 4}
+    inference = places | {"ckpt_path": str(tmp_path / "model.pt")}
+    assert run(small, "inference", **inference) == ""
+    expected = nib.load(out / "predictions" / f"{first.name}_seg.nii.gz").get_fdata()
+    for name in ("flair", "t1"):
+        image = nib.load(first / f"{first.name}_{name}.nii.gz")
+        nib.save(nib.Nifti1Image(image.get_fdata() - 500, image.affine), first / f"{first.name}_{name}.nii.gz")
+    shutil.rmtree(out)
+
+    for said in (run(small, "train", **check), run(small, "inference", **inference)):
+        assert f"1 case(s) cannot be used:\nCase {first.name}: flair file" in said
+        assert "has the value -500 at its border and not 0" in said
+        assert "set foreground to 'constant_border'" in said
+    assert (out / "predictions" / f"{second.name}_seg.nii.gz").is_file()
+    assert not (out / "predictions" / f"{first.name}_seg.nii.gz").exists()
+
+    remedied = {"foreground": "constant_border"}
+    assert run(small, "train", **check, **remedied) == ""
+    assert run(small, "inference", **inference, **remedied) == ""
+    found = nib.load(out / "predictions" / f"{first.name}_seg.nii.gz").get_fdata()
+    assert (found == expected).mean() > 0.999  # intensities differ by rounding
+
+
+@pytest.mark.parametrize(
+    ("workflow", "name"),
+    [("train", "validate::postprocessing"), ("evaluate", "postprocessing"), ("inference", "postprocessing")],
+)
+def test_no_prediction_stays_outside_of_the_head(small: Any, tmp_path: Path, workflow: str, name: str):
+    """Not in what is scored, in validation and in the end, and not in what is written; unless that is not wanted."""
+    combinations = [] if workflow == "inference" else [15]
+    image = torch.zeros(4, 8, 8, 8)
+    image[:, 2:6, 2:6, 2:6] = 1
+    sample = {"case": "x", "files": {}, "presence": torch.ones(4, dtype=torch.bool)}
+    for wanted, voxels in ((True, 4**3), (False, 8**3)):
+        config = ConfigParser(ConfigParser.load_config_file(str(small.folder / "configs" / f"{workflow}.yaml")))
+        config.update({"bundle_root": str(small.folder), "output_dir": str(tmp_path), "clear_background": wanted})
+        pred = torch.tensor([0.1, 0.9, 0, 0])[:, None, None, None].expand(*combinations, 4, 8, 8, 8).clone()
+        meta = {"original_affine": torch.eye(4), "spatial_shape": (8, 8, 8)}
+        restore = config.get_parsed_content(name)
+        restored = restore(sample | {"pred": pred, "image": MetaTensor(image, affine=torch.eye(4), meta=meta)})
+        assert (restored["pred"] > 0).sum(dim=(1, 2, 3)).unique().tolist() == [voxels]
 
 
 @pytest.fixture

@@ -51,6 +51,18 @@ class TestPrepareDatalist:
         shutil.move(removed, data / "BraTS20_Training_008")
         assert Path(prepare(tmp_path / "out", dataset_dir=str(data))).read_text() == first
 
+    def test_says_each_time_what_it_does_not_know(
+        self, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        """With a split made before too: so training, evaluation and check all say it."""
+        shutil.copytree(run_dir / "phantom", tmp_path / "data")
+        case = tmp_path / "data" / "BraTS20_Training_001"
+        (case / f"{case.name}_t1.nii.gz").rename(case / f"{case.name}_t1w.nii.gz")
+        for _ in range(2):
+            caplog.clear()
+            prepare(tmp_path / "out", dataset_dir=str(tmp_path / "data"))
+            assert f"1 other image(s): {case.name}/{case.name}_t1w.nii.gz" in caplog.text
+
     def test_refuses_the_datalist_of_another_folder(self, run_dir: Path, tmp_path: Path):
         data = tmp_path / "data"
         shutil.copytree(run_dir / "phantom", data)
@@ -134,6 +146,12 @@ class TestInferenceCases:
         arguments: dict[str, Any] = {"dataset_dir": None, "files": None, "output_dir": "out", "missing_rates": None}
         arguments |= {"modalities": MODALITIES, "phantom": PHANTOM, "seed": 0}
         return inference_cases("brats", **(arguments | changed))
+
+    def test_says_what_it_does_not_know(self, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        shutil.copytree(run_dir / "phantom", tmp_path / "data")
+        (tmp_path / "data" / "BraTS20_Training_001" / "BraTS20_Training_001_T1.nii.gz").touch()
+        self.cases(dataset_dir=str(tmp_path / "data"))
+        assert "1 other image(s): BraTS20_Training_001/BraTS20_Training_001_T1.nii.gz" in caplog.text
 
     def test_phantoms_lack_modalities_and_labels(self, run_dir: Path):
         cases = self.cases(output_dir=str(run_dir), missing_rates=[0.5] * 4)
