@@ -1,4 +1,4 @@
-"""Draws how Dice depends on the weight of the pixel-wise loss: `python experiments/lambda_figure.py RUN ... --output PNG`.
+"""Draws Dice against the weight of the pixel-wise loss: `python experiments/lambda_figure.py RUN ... --output PNG`.
 
 The runs are Baselines and PASSION at several values of lambda_pixel, with several seeds each, all evaluated.
 """
