@@ -91,12 +91,22 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
 
     for section in ("training", "validation"):
         spoil(data, datalist[section][0]["case"])
-    said = run(small, "train", missing_rates=[0.0] * 4, **training)
+    said = run(small, "train", missing_rates=[0.0] * 4, overwrite=True, **training)
     assert "2 case(s) cannot be used" in said
     assert all(datalist[section][0]["case"] in said for section in ("training", "validation"))
     said = run(small, "train", run_id="check", **places)
     assert "3 case(s) cannot be used" in said
     assert "the other 3 cases are in order" in said
+
+
+def test_a_training_that_is_there_is_not_replaced_and_nothing_is_read(small: Any, tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "last.pt").write_bytes(b"days of work")
+    said = run(small, "train", run_id="training", output_dir=str(tmp_path))
+    assert "last.pt, which a new training would replace. Go on with that one by --resume True" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".training.lock", "models"]
+    assert run(small, "train", run_id="training", output_dir=str(tmp_path), overwrite=True, epochs=1) == ""
+    assert set(torch.load(tmp_path / "models" / "last.pt", weights_only=True)) > {"model", "optimizer"}
 
 
 @pytest.fixture
