@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -97,6 +98,24 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
     said = run(small, "train", run_id="check", **places)
     assert "3 case(s) cannot be used" in said
     assert "the other 3 cases are in order" in said
+
+
+def test_a_modality_that_no_training_case_has_is_named_beside_the_bad_cases(small: Any, tmp_path: Path):
+    data, places = tmp_path / "data", {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
+    write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 6}))
+    for path in data.rglob("*_t2.nii.gz"):
+        path.unlink()
+    absent = "no training case has t2, so that nothing can be learned of it. Train without it by --modalities"
+    assert absent in run(small, "train", run_id="training", **places)
+    said = run(small, "train", run_id="check", **places)
+    assert absent in said
+    assert "the other 6 cases are in order" in said
+    spoil(data, json.loads((tmp_path / "out" / "datalist.json").read_text())["test"][0]["case"])
+    said = run(small, "train", run_id="check", **places)
+    assert re.match(r"1 case\(s\) cannot be used:\nCase .*: t1 file", said)
+    assert absent in said
+    others = {"modalities": ["flair", "t1ce"], "missing_rates": [0.5, 0.5]}
+    assert run(small, "train", run_id="check", **others, **places) == ""
 
 
 def test_a_training_that_is_there_is_not_replaced_and_nothing_is_read(small: Any, tmp_path: Path):
