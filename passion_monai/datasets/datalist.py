@@ -409,8 +409,7 @@ def check_every_modality(cases: Sequence[Case], modalities: Sequence[str], *, so
     Raises:
         ValueError: naming the modalities that no case has, and how to train without them.
     """
-    found = datalist_presence(cases, modalities).any(axis=0)
-    absent = [name for name, there in zip(modalities, found, strict=True) if not there]
+    absent = [name for name, count in modality_counts(cases, modalities).items() if count == 0]
     if absent:
         others = [name for name in modalities if name not in absent]
         raise ValueError(
