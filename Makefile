@@ -17,7 +17,7 @@ DEMO_OUTPUT := demo_output
 # Small enough for the CPU of a laptop; a real training takes the values in the configuration.
 DEMO := --output_dir $(DEMO_OUTPUT) --roi_size '[32,32,32]' --spacing '[4.0,4.0,4.0]' --num_workers 0 \
 	--phantom::shape '[48,48,48]' --phantom::spacing '[4.0,4.0,4.0]'
-DEMO_TRAINING := --epochs 30 --val_interval 15 --learning_rate 1.0e-3
+DEMO_TRAINING := --overwrite True --epochs 30 --val_interval 15 --learning_rate 1.0e-3
 
 # One file at a time on each of two cores: small tensors gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -44,6 +44,7 @@ def train_weights(source: Path) -> None:
         "--config_file",
         str(bundle / "configs" / "train.yaml"),
         *TRAINING[source.name.split("_")[0]],
+        *("--overwrite", "True"),
     ]
     subprocess.run([*command, *training, *shared], check=True)
     subprocess.run([*command, "--config_file", str(bundle / "configs" / "evaluate.yaml"), *shared], check=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,22 +66,27 @@ def explain(error: Exception) -> str:
     return f"{str(error) or type(error).__name__} {remedy}"
 
 
-def raise_faults(faults: Iterable[Fault], *, outcome: str = "Mend or remove these; nothing was computed yet.") -> None:
+def raise_faults(
+    faults: Iterable[Fault],
+    *,
+    others: Sequence[str] = (),
+    outcome: str = "Mend or remove these; nothing was computed yet.",
+) -> None:
     """Name all cases that cannot be used in one error; what is the same for several samples of a case comes once.
 
     Args:
         faults: of the cases.
+        others: what is wrong with all cases together, in words.
         outcome: what follows, in words.
 
     Raises:
-        ValueError: when there is a fault.
+        ValueError: when there is a fault, or something else is wrong.
     """
     different = list(dict.fromkeys(faults))
-    if different:
-        count = len({fault.case for fault in different})
-        raise ValueError(
-            "\n".join([f"{count} case(s) cannot be used:", *(fault.reason for fault in different), outcome])
-        )
+    count = len({fault.case for fault in different})
+    cases = [f"{count} case(s) cannot be used:", *(fault.reason for fault in different)] if different else []
+    if cases or others:
+        raise ValueError("\n".join([*cases, *others, outcome]))
 
 
 class TolerantDataset(Dataset):

@@ -181,6 +181,8 @@ class LastCheckpoint:
         _check_that_all_read_the_same(content)
         if idist.get_rank() == 0:
             self._files.tidy()
+            if not self.resume:
+                self._files.remove()
         if content is not None:
             Checkpoint.load_objects(to_load=self.save_dict, checkpoint=content)
             if trainer.scaler is not None and content["scaler"]:
@@ -267,6 +269,11 @@ class _CheckpointFiles:
             self._damaged = True
             logger.warning(f"{self.path} is missing or damaged: the one before it, {whole}, is used.")
         return dict(torch.load(whole, map_location="cpu", weights_only=True))
+
+    def remove(self) -> None:
+        """Remove those of another training, from which this one must not go on."""
+        for path in (self.path, self.previous):
+            path.unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Remove what killed runs have left half-written; a damaged file must not become the one before the last."""

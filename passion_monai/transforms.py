@@ -9,7 +9,9 @@ PDT and ModDrop draw anew for each sample and iteration (:class:`RandMaskModalit
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -51,6 +53,8 @@ __all__ = [
     "StackModalitiesd",
 ]
 
+logger = logging.getLogger(__name__)
+
 FULL_CONFIDENCE = 32767
 """The int16 that stands for a confidence of 1. A byte would be off by 0.002, as much as a calibration error may be."""
 
@@ -59,6 +63,13 @@ _ON_GRID = 0.5  # of a voxel's interpolation weights lie on the network's grid: 
 
 _CHUNK = 2**20  # bytes
 _SHOWN = 8  # of the values that a message lists
+_LARGEST = 1e15  # whose squares, summed over a volume, float32 still holds
+_LABEL_ROUNDING = 1e-3  # how far a label value may lie from its whole number
+_SAME_GRID = 0.01  # of a voxel, at any corner: registration tools round
+_FLOAT_ROUNDING = 1e-4  # of a voxel: what float32 in a header makes of one grid
+_UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}
+"""Codes of NIfTI's xyzt_units, but for millimetres and for nothing said, with their length in millimetres."""
+_VOXELS = (0.01, 100.0)  # millimetres that a voxel may measure if its header has another unit, which is often a mistake
 MAX_COMPRESSION = 1032
 """How many times smaller gzip makes data at best."""
 
@@ -142,7 +153,8 @@ class RandMaskModalitiesd(RandomizableTransform, MapTransform):
 class LoadCased(MapTransform):
     """Read the files of the modalities that a case has, and its label if it has one, as float32 [1, H, W(, D)].
 
-    NIfTI is read by nibabel; NRRD, MetaImage and the folder of a DICOM series by ITK. A case may mix formats.
+    NIfTI is read by nibabel, with a grid in millimetres whatever the unit of its header; NRRD, MetaImage and the folder
+    of a DICOM series by ITK. A case may mix formats.
     Also puts ``files`` into the case, the path of each modality that was read.
 
     Args:
@@ -152,8 +164,8 @@ class LoadCased(MapTransform):
 
     Raises:
         ValueError: for a case without modality, and for a file that cannot be read, has another number of axes, no
-            usable affine, holds NaN or infinity, or an image that is the same everywhere. The message names case, key
-            and file.
+            usable affine, holds complex numbers, NaN, infinity or values too large to compute with, or an image that
+            is the same everywhere. The message names case, key and file.
     """
 
     def __init__(self, keys: Sequence[str], *, label_key: str = "label", spatial_dims: int = 3) -> None:
@@ -201,6 +213,11 @@ class LoadCased(MapTransform):
             )
         if not bool(torch.isfinite(image).all()):
             raise ValueError(f"{_where(data, key)} holds NaN or infinite values; replace them in the file.")
+        if float(image.abs().max()) > _LARGEST:
+            raise ValueError(
+                f"{_where(data, key)} holds values up to {float(image.abs().max()):.3g}, too large to compute their "
+                f"variance; scale them down in the file, to {_LARGEST:g} at most."
+            )
         return image
 
     def _load(self, path: str) -> MetaTensor:
@@ -219,7 +236,7 @@ class LoadCased(MapTransform):
         if name.endswith((".mha", ".mhd")):
             reader = ITKReader(imageio=itk.MetaImageIO.New())  # which ITK does not choose by itself for .MHA
         image: MetaTensor = self.load(path, reader=reader)
-        return image
+        return _in_millimetres(image, path) if is_nifti else image
 
 
 def _check_gzip(path: str) -> None:
@@ -232,17 +249,39 @@ def _check_gzip(path: str) -> None:
 def _check_header(path: str) -> None:
     """Refuse a NIfTI file that cannot hold the voxels its header claims, for which memory would be reserved first.
 
-    And one without a finite affine, in the place of which MONAI puts something else, with no more than a warning.
+    And one without a finite affine, in the place of which MONAI puts something else, with no more than a warning; and
+    one of complex numbers, of which the imaginary part would be dropped, or of colours.
     """
     if not re.search(r"\.(nii|NII)(\.[gG][zZ])?$", path):
         raise ValueError("nibabel reads .nii or .NII, not mixed letters; rename it")
     image: Any = nib.load(path)
+    if image.get_data_dtype().kind not in "iuf":
+        raise ValueError(f"its voxels are {image.get_data_dtype()}, not one real number each: save their magnitude")
     claimed = math.prod(image.shape) * image.get_data_dtype().itemsize
     size = Path(path).stat().st_size
     if claimed > size * (MAX_COMPRESSION if path.lower().endswith(".gz") else 1):
         raise ValueError(f"its header claims voxels of {claimed} bytes, which a file of {size} bytes cannot hold")
     if not np.isfinite(image.affine).all():
         raise ValueError("its affine is not finite")
+
+
+def _in_millimetres(image: MetaTensor, path: str) -> MetaTensor:
+    """The image with affines in millimetres, whatever the unit of its header; other readers do that by themselves."""
+    header: Any = nib.load(path).header
+    unit, length = _UNITS.get(int(header["xyzt_units"]) & 7, ("millimetres", 1.0))
+    if length == 1.0:
+        return image
+    scale = np.diag([length, length, length, 1.0])
+    original = scale @ np.asarray(image.meta["original_affine"])
+    sizes = nib.affines.voxel_sizes(original)
+    if not (_VOXELS[0] <= sizes.min() and sizes.max() <= _VOXELS[1]):
+        raise ValueError(
+            f"its header gives lengths in {unit}, by which its voxels measure {np.round(sizes, 6).tolist()} mm: "
+            "correct its xyzt_units"
+        )
+    image.affine = torch.as_tensor(scale).to(image.affine) @ image.affine
+    image.meta["original_affine"] = original
+    return image
 
 
 def _is_invertible(affine: Tensor) -> bool:
@@ -272,6 +311,8 @@ class AlignModalitiesd(MapTransform):
     """Make sure that all modalities of a case (and its label) lie on the grid of the first modality present.
 
     What has the same grid with its axes in another order or direction, as formats differ in it, is turned, exactly.
+    Grids that are nowhere more than a hundredth of a voxel apart, as registration tools round them, count as that of
+    the first, which is logged.
 
     Args:
         keys: names of the M modalities.
@@ -297,9 +338,16 @@ class AlignModalitiesd(MapTransform):
             others.append(self.label_key)
         turn = Orientation(axcodes="".join(nib.aff2axcodes(data[first].affine)), labels=None)
         for key in others:
-            if not _same_grid(data[first], data[key]):
-                turned: MetaTensor = turn(data[key])  # type: ignore[assignment]
-                aligned[key] = turned if _same_grid(data[first], turned) else self._resample(data, key, first)
+            image: MetaTensor = data[key]
+            if _distance(data[first], image) > _SAME_GRID:
+                image = turn(image)  # type: ignore[assignment]
+            distance = _distance(data[first], image)
+            aligned[key] = _moved(image, data[first]) if distance <= _SAME_GRID else self._resample(data, key, first)
+            if _FLOAT_ROUNDING < distance <= _SAME_GRID:
+                logger.warning(
+                    f"Case {data.get('case')}: the grid of {key} is up to {distance:.2g} voxels from that of {first}, "
+                    f"which is taken for both: {_file(data[key])}."
+                )
         return aligned
 
     def _resample(self, data: Data, key: Hashable, first: Hashable) -> MetaTensor:
@@ -314,9 +362,22 @@ class AlignModalitiesd(MapTransform):
         return resampled
 
 
-def _same_grid(one: MetaTensor, other: MetaTensor) -> bool:
-    """Same shape and, to a thousandth of a millimetre, same affine."""
-    return one.shape == other.shape and torch.allclose(one.affine.double(), other.affine.double(), rtol=0, atol=1e-3)
+def _distance(one: MetaTensor, other: MetaTensor) -> float:
+    """How far two grids lie apart, in voxels along an axis of the first: the most at any corner of the volume."""
+    if one.shape != other.shape:
+        return math.inf
+    axes = len(one.affine) - 1
+    ends = [(0, size - 1) for size in one.shape[1:]] + [(0,)] * (axes + 1 - one.ndim)
+    corners = torch.tensor([[*corner, 1] for corner in itertools.product(*ends)], dtype=torch.float64).T
+    moved = torch.linalg.solve(one.affine.double(), other.affine.double() @ corners)
+    return float((moved - corners).abs().max())
+
+
+def _moved(image: MetaTensor, reference: MetaTensor) -> MetaTensor:
+    """The image on the grid of another, voxel for voxel."""
+    moved: MetaTensor = image.clone()
+    moved.affine = reference.affine.clone()
+    return moved
 
 
 def _describe_grid(image: MetaTensor) -> str:
@@ -354,13 +415,25 @@ class CropToForegroundd(MapTransform):
         return cropped
 
 
+def _file_values(data: Data, values: Sequence[int], key: str = "label_values") -> list[int]:
+    """File value of each class of a case: its own, unless those for all cases are these and more.
+
+    Then they declare classes that the data set's do not have.
+    """
+    own = [int(value) for value in data.get(key, values)]
+    return list(values) if own == list(values[: len(own)]) else own
+
+
 class LabelsToClassesd(MapTransform):
     """Turn the label values of a file into classes 0..K-1.
+
+    What is within a thousandth of a whole number is that number: labels that were scaled or written as floats are.
 
     Args:
         keys: key of the label; a case may lack it.
         values: file value of each class, background first.
-        values_key: key of values that the case has of its own, which then hold instead (data sets have changed them).
+        values_key: key of values that the case has of its own, which then hold instead (data sets have changed them),
+            unless `values` are these and more.
 
     Raises:
         ValueError: for a value that is not among them, and for own values of another number; the message names the
@@ -376,22 +449,25 @@ class LabelsToClassesd(MapTransform):
         converted = dict(data)
         for key in self.key_iterator(converted):
             label = data[key]
-            values = [int(value) for value in data.get(self.values_key, self.values)]
+            values = _file_values(data, self.values, self.values_key)
             if len(values) != len(self.values):
                 raise ValueError(
                     f"Case {data.get('case')}: {self.values_key} must be {len(self.values)} values, one for each "
                     f"class, got {values}."
                 )
-            unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - set(values))
+            given = label.as_tensor()
+            held = torch.where((given - given.round()).abs() <= _LABEL_ROUNDING, given.round(), given)
+            unknown = sorted(set(torch.unique(held).tolist()) - set(values))
             if unknown:
                 shown = f"{unknown[:_SHOWN]}" + f" and {len(unknown) - _SHOWN} others" * (len(unknown) > _SHOWN)
                 raise ValueError(
                     f"Case {data.get('case')}: the {key} holds the values {shown}, known are {values}, in "
-                    f"{_file(label)}; give the right file, or the right values as {self.values_key} of the case."
+                    f"{_file(label)}; give the right file, or the right values as {self.values_key} of the case; "
+                    "classes that the data set does not have are declared by --label_values, --class_names, --regions."
                 )
             classes = torch.zeros_like(label, dtype=torch.uint8)
             for index, value in enumerate(values):
-                classes[label == value] = index
+                classes[held == value] = index
             converted[key] = classes
         return converted
 
@@ -576,7 +652,8 @@ class SaveSegmentationd(MapTransform):
         keys: key of the class map, int [1, H, W, D] with the affine of the file to write.
         output_dir: folder to write to; it is made.
         modalities: names of the M modalities.
-        values: file value of each class, background first; a case's ``label_values`` hold instead.
+        values: file value of each class, background first; a case's ``label_values`` hold instead, unless these are
+            the same and more.
         class_names: name of each class.
         regions: classes of each region, for the volumes.
         expected_scores: what :func:`passion_monai.evaluation.expected.read_expected_scores` gives.
@@ -608,7 +685,7 @@ class SaveSegmentationd(MapTransform):
 
     def _save(self, data: Data, prediction: MetaTensor) -> None:
         classes = prediction.as_tensor()[0].cpu().numpy()
-        values = np.asarray([int(value) for value in data.get("label_values", self.values)])
+        values = np.asarray(_file_values(data, self.values))
         values = values.astype(np.result_type(*map(np.min_scalar_type, values.tolist())))  # the smallest that holds all
         image = nib.Nifti1Image(values[classes], prediction.affine.cpu().numpy())
         image.header.set_xyzt_units("mm")

@@ -135,6 +135,14 @@ def store(path: str, dtype: str) -> None:
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj).astype(dtype), image.affine), path)
 
 
+def say_unit(path: str, unit: str, millimetres: float = 1.0) -> None:
+    """A header with its lengths in a unit; unless these are given, the numbers stay and are wrong."""
+    image = nib.load(path)
+    scaled = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([1 / millimetres] * 3 + [1]) @ image.affine)
+    scaled.header.set_xyzt_units(unit)
+    nib.save(scaled, path)
+
+
 class Bad:
     """A fault: what the user does, how that is done here, and what must be said."""
 
@@ -178,6 +186,26 @@ FILES = (
         "b file .* holds NaN or infinite values",
     ),
     Bad("a scale that overflows", lambda case: overflow(case["b"]), "b file .* (cannot be read .overflow|holds NaN)"),
+    Bad(
+        "complex voxels",
+        lambda case: store(case["b"], "complex64"),
+        "b file .* cannot be read .its voxels are complex64, not one real number each: save their magnitude.*repair",
+    ),
+    Bad(
+        "colours",
+        lambda case: rewrite(case["b"], lambda image: np.zeros(image.shape, [(c, "u1") for c in "RGB"])),
+        "b file .* cannot be read .its voxels are .*, not one real number each",
+    ),
+    Bad(
+        "values too large to square",
+        lambda case: rewrite(case["b"], lambda image: image * np.float32(1e30)),
+        r"b file .* holds values up to 2.\d*e.32, too large to compute their variance; scale them down in the file",
+    ),
+    Bad(
+        "a header that says metres of millimetres",
+        lambda case: say_unit(case["b"], "meter"),
+        r"b file .*its header gives lengths in metres, by which its voxels measure \[1000.0, .* correct its xyzt",
+    ),
     Bad("an image of one value", lambda case: rewrite(case["b"], np.ones_like), "b file .* is 1.0 everywhere; give"),
     Bad(
         "a z-score of the whole image, background and all",
@@ -198,6 +226,11 @@ FILES = (
     Bad(
         "sequences of different spacing",
         lambda case: move_affine(case["b"], lambda affine: affine @ np.diag([1, 1, 2, 1])),
+        "b lies on another grid than a.*b.nii.gz",
+    ),
+    Bad(
+        "sequences turned by a little",
+        lambda case: move_affine(case["b"], lambda affine: rotated(affine, 0.06)),
         "b lies on another grid than a.*b.nii.gz",
     ),
     Bad(
@@ -242,6 +275,11 @@ FILES = (
         "label values that overflow int8",
         lambda case: (rewrite(case["label"], lambda label: label.astype(np.int16) * 100), store(case["label"], "int8")),
         r"the label holds the values \[-112.0, -56.0\]",
+    ),
+    Bad(
+        "a label that is no whole number",
+        lambda case: rewrite(case["label"], lambda label: np.where(label == 2, np.float32(2.002), label)),
+        r"the label holds the values \[2.00.*known are .* classes that the data set does not have are declared by",
     ),
     Bad(
         "a label of other shape",
@@ -302,6 +340,15 @@ def rotated(affine: np.ndarray, degrees: float = 20) -> np.ndarray:
     return turn @ affine
 
 
+def scale_label(path: str) -> None:
+    """A float label stored as int16, for which nibabel makes up a scale; 4 is then 4.0000610."""
+    image = nib.load(path)
+    scaled = nib.Nifti1Image(np.asarray(image.dataobj).astype(np.float64), image.affine)
+    scaled.set_data_dtype(np.int16)
+    nib.save(scaled, path)
+    assert set(np.unique(nib.load(path).get_fdata())) - {0, 2, 4}
+
+
 SHEAR = np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 UNUSUAL = {
     "RAS": lambda case: [
@@ -317,6 +364,16 @@ UNUSUAL = {
     ],
     "negative values": lambda case: rewrite(case["b"], lambda image: np.where(image > 0, image - 1000, 0)),
     "whole numbers": lambda case: store(case["b"], "int16"),
+    "metres": lambda case: [say_unit(case[key], "meter", 1000) for key in (*MODALITIES, "label")],
+    "micrometres in one file": lambda case: say_unit(case["b"], "micron", 0.001),
+    "no unit": lambda case: say_unit(case["b"], "unknown"),
+    "a label scaled to int16": lambda case: scale_label(case["label"]),
+    "a label next to whole numbers": lambda case: rewrite(
+        case["label"], lambda label: np.nextafter(label, 0, dtype=np.float32)
+    ),
+    "a grid that a registration tool rounded": lambda case: move_affine(
+        case["b"], lambda a: a + np.eye(4)[:, ::-1] * [0, 0, 0, 0.005]
+    ),
     "a 4-D file of one volume": lambda case: rewrite(case["b"], lambda image: image[..., None]),
     "an uncompressed file": lambda case: unpack(case, "b"),
     "a label of background only": lambda case: rewrite(case["label"], np.zeros_like),

@@ -256,6 +256,13 @@ def test_killed_and_resumed_is_never_interrupted(
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.previous.pt", "model.pt", "training.csv"}
 
 
+def test_a_training_that_replaces_another_does_not_go_on_from_that(reference: Any, tmp_path: Path):
+    assert run(tmp_path, batch_size=3) == 0
+    assert run(tmp_path, FAULTS["first iteration"](kill)) == -signal.SIGKILL
+    assert run(tmp_path, resume=True) == 0
+    assert results(tmp_path) == reference(0)
+
+
 def kill_a_worker() -> None:
     """As a system does that is short of memory; torch notices within a second."""
     multiprocessing.active_children()[0].kill()

@@ -180,7 +180,55 @@ def test_a_case_may_bring_its_own_label_values(make_case: MakeCase):
     assert int(label[0, 4, 5, 3]) == 2
 
 
+def test_classes_that_the_data_set_lacks_are_declared_by_the_values_for_all(make_case: MakeCase):
+    case = make_case() | {"label_values": [0, 2]}
+    label = LabelsToClassesd("label", values=VALUES)(LoadCased(MODALITIES)(case))["label"]
+    assert int(label[0, 5, 6, 4]) == 2
+    with pytest.raises(ValueError, match=r"label_values must be 3 values, one for each class, got \[0, 4\]"):
+        LabelsToClassesd("label", values=VALUES)(LoadCased(MODALITIES)(case | {"label_values": [0, 4]}))
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("micron", 0.001), ("mm", 1), ("unknown", 1)])
+def test_lengths_are_in_millimetres_whatever_the_header_has(make_case: MakeCase, unit: str, millimetres: float):
+    case = make_case(spacing=4)
+    image = nib.load(case["a"])
+    moved = nib.Nifti1Image(image.get_fdata(), np.diag([1 / millimetres] * 3 + [1]) @ image.affine)
+    moved.header.set_xyzt_units(unit)
+    nib.save(moved, case["a"])
+    loaded = LoadCased(MODALITIES)(case)["a"]
+    for affine in (loaded.affine, loaded.meta["original_affine"]):
+        np.testing.assert_allclose(affine, image.affine, rtol=1e-6)
+
+
 class TestAlignModalitiesd:
+    @pytest.mark.parametrize(("shift", "logged"), [(1e-5, False), (0.002, True), (0.039, True), (0.041, None)])
+    def test_a_hundredth_of_a_voxel_is_rounding(
+        self, make_case: MakeCase, caplog: pytest.LogCaptureFixture, shift: float, logged: bool | None
+    ):
+        case = make_case(spacing=4)
+        affine = nib.load(case["b"]).affine
+        rewrite(case["b"], lambda image: image, affine=affine + np.eye(4)[:, ::-1] * [0, 0, 0, shift])
+        loaded, align = LoadCased(MODALITIES)(case), AlignModalitiesd(MODALITIES, label_key="label")
+        if logged is None:
+            with pytest.raises(ValueError, match="Case case1: b lies on another grid than a"):
+                align(loaded)
+            return
+        aligned = align(loaded)
+        assert torch.equal(aligned["b"].affine, aligned["a"].affine)
+        assert torch.equal(aligned["b"].as_tensor(), loaded["b"].as_tensor())
+        assert ("Case case1: the grid of b is up to" in caplog.text) is logged
+
+    def test_what_is_rounded_is_measured_at_the_far_corner(self, make_case: MakeCase):
+        """A spacing a thousandth too long moves the last of 14 voxels by over a hundredth, and that of 10 not."""
+        case = make_case()
+        affine = nib.load(case["b"]).affine
+        align = AlignModalitiesd(MODALITIES)
+        rewrite(case["b"], lambda image: image, affine=affine @ np.diag([1, 1, 1.001, 1]))
+        align(LoadCased(MODALITIES)(case))
+        rewrite(case["b"], lambda image: image, affine=affine @ np.diag([1, 1.001, 1, 1]))
+        with pytest.raises(ValueError, match="b lies on another grid than a"):
+            align(LoadCased(MODALITIES)(case))
+
     def test_resamples_to_the_first_modality_present(self, make_case: MakeCase):
         case = make_case()
         image = nib.load(case["b"])

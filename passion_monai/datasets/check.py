@@ -16,6 +16,7 @@ from tqdm import tqdm
 from passion_monai.datasets.datalist import (
     SECTIONS,
     UNLABELLED_SECTION,
+    check_every_modality,
     datalist_presence,
     modality_counts,
     read_datalist,
@@ -48,7 +49,8 @@ def check_dataset(
 
     Raises:
         FileNotFoundError: when the datalist does not exist, or no case of a section has all of its files.
-        ValueError: when there is something wrong with the datalist, or with cases, naming all of them.
+        ValueError: when there is something wrong with the datalist, or with cases, naming all of them, or when no
+            training case has a modality.
     """
     content = read_json(datalist)
     sections = [name for name in (*SECTIONS, UNLABELLED_SECTION) if content.get(name)]
@@ -68,7 +70,21 @@ def check_dataset(
         logger.info(f"{section}: {_summary(members, modalities)}")
     for name, unit in (("shape", "voxels"), ("spacing", "mm")):
         logger.info(f"{name} of {len(grids)} cases that can be read: {_range([grid[name] for grid in grids])} {unit}")
-    raise_faults(faults, outcome=f"Mend or remove these; the other {len(grids)} cases are in order.")
+    raise_faults(
+        faults,
+        others=_absent_modalities(cases.get("training", []), modalities, datalist),
+        outcome=f"Mend or remove these; the other {len(grids)} cases are in order.",
+    )
+
+
+def _absent_modalities(cases: Sequence[dict[str, Any]], modalities: Sequence[str], datalist: str | Path) -> list[str]:
+    """What a training would say of modalities that none of its cases has."""
+    try:
+        if cases:
+            check_every_modality(cases, modalities, source=datalist)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 class _Grid:

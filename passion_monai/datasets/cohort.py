@@ -10,6 +10,7 @@ from typing import Any
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.datalist import (
     apply_presence,
+    check_every_modality,
     datalist_presence,
     read_datalist,
     read_json,
@@ -98,9 +99,10 @@ def training_cases(
         seed: of the simulation.
 
     Raises:
-        ValueError: when both are given, rates cannot be met, or a case is not in the file.
+        ValueError: when both are given, rates cannot be met, a case is not in the file, or no case has a modality.
     """
     cases = read_datalist(datalist, "training", modalities=modalities, root=root)
+    check_every_modality(cases, modalities, source=datalist)
     if missing_rates is not None and presence_file is not None:
         raise ValueError("Give missing_rates or presence_file, not both.")
     if missing_rates is not None:
@@ -116,6 +118,7 @@ def training_cases(
                 f"{presence_file} has no row for the training cases {unknown[:5]} ({len(unknown)} in all)."
             )
         cases = apply_presence(cases, [rows[case["case"]] for case in cases], modalities)
+        check_every_modality(cases, modalities, source=presence_file)
     presence = datalist_presence(cases, modalities)
     rates = ", ".join(
         f"{name} {rate:.3f}" for name, rate in zip(modalities, realised_missing_rates(presence), strict=True)

@@ -32,6 +32,7 @@ __all__ = [
     "SECTIONS",
     "UNLABELLED_SECTION",
     "apply_presence",
+    "check_every_modality",
     "check_modalities",
     "datalist_command",
     "datalist_presence",
@@ -423,6 +424,27 @@ def datalist_presence(cases: Sequence[Case], modalities: Sequence[str]) -> NDArr
             raise ValueError(f"Case {case['case']!r}: presence must have {len(modalities)} entries, got {list(row)}.")
         presence[index] = [key in case and bool(value) for key, value in zip(modalities, row, strict=True)]
     return presence
+
+
+def check_every_modality(cases: Sequence[Case], modalities: Sequence[str], *, source: str | Path) -> None:
+    """Check that each modality is there to be learned from.
+
+    Args:
+        cases: the training cases.
+        modalities: names of the M modalities.
+        source: the file that says what they have.
+
+    Raises:
+        ValueError: naming the modalities that no case has, and how to train without them.
+    """
+    absent = [name for name, count in modality_counts(cases, modalities).items() if count == 0]
+    if absent:
+        others = [name for name in modalities if name not in absent]
+        raise ValueError(
+            f"{source}: no training case has {', '.join(absent)}, so that nothing can be learned of it. Train without "
+            f'it by --modalities "{others}", and by missing_rates for these alone if they are simulated; or add cases '
+            "that have it."
+        )
 
 
 def apply_presence(cases: Sequence[Case], presence: ArrayLike, modalities: Sequence[str]) -> list[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import socket
 import time
@@ -94,7 +95,7 @@ def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
 
     for section in ("training", "validation"):
         spoil(data, datalist[section][0]["case"])
-    said = run(small, "train", missing_rates=[0.0] * 4, **training)
+    said = run(small, "train", missing_rates=[0.0] * 4, overwrite=True, **training)
     assert "2 case(s) cannot be used" in said
     assert all(datalist[section][0]["case"] in said for section in ("training", "validation"))
     said = run(small, "train", run_id="check", **places)
@@ -149,6 +150,34 @@ def test_no_prediction_stays_outside_of_the_head(small: Any, tmp_path: Path, wor
         restore = config.get_parsed_content(name)
         restored = restore(sample | {"pred": pred, "image": MetaTensor(image, affine=torch.eye(4), meta=meta)})
         assert (restored["pred"] > 0).sum(dim=(1, 2, 3)).unique().tolist() == [voxels]
+
+
+def test_a_modality_that_no_training_case_has_is_named_beside_the_bad_cases(small: Any, tmp_path: Path):
+    data, places = tmp_path / "data", {"dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
+    write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 6}))
+    for path in data.rglob("*_t2.nii.gz"):
+        path.unlink()
+    absent = "no training case has t2, so that nothing can be learned of it. Train without it by --modalities"
+    assert absent in run(small, "train", run_id="training", **places)
+    said = run(small, "train", run_id="check", **places)
+    assert absent in said
+    assert "the other 6 cases are in order" in said
+    spoil(data, json.loads((tmp_path / "out" / "datalist.json").read_text())["test"][0]["case"])
+    said = run(small, "train", run_id="check", **places)
+    assert re.match(r"1 case\(s\) cannot be used:\nCase .*: t1 file", said)
+    assert absent in said
+    others = {"modalities": ["flair", "t1ce"], "missing_rates": [0.5, 0.5]}
+    assert run(small, "train", run_id="check", **others, **places) == ""
+
+
+def test_a_training_that_is_there_is_not_replaced_and_nothing_is_read(small: Any, tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "last.pt").write_bytes(b"days of work")
+    said = run(small, "train", run_id="training", output_dir=str(tmp_path))
+    assert "last.pt, which a new training would replace. Go on with that one by --resume True" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".training.lock", "models"]
+    assert run(small, "train", run_id="training", output_dir=str(tmp_path), overwrite=True, epochs=1) == ""
+    assert set(torch.load(tmp_path / "models" / "last.pt", weights_only=True)) > {"model", "optimizer"}
 
 
 @pytest.fixture

@@ -8,13 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from monai.transforms import Compose
 
-from passion_monai.datasets import brats, get_spec
+from passion_monai.datasets import brats, check_classes, get_spec
 from passion_monai.datasets import discover as discover_by_name
 from passion_monai.datasets.brats import SPEC, discover, main
 from passion_monai.datasets.datalist import modality_counts, read_datalist
 from passion_monai.presence import read_presence
+from passion_monai.transforms import (
+    AlignModalitiesd,
+    LabelsToClassesd,
+    LoadCased,
+    SaveSegmentationd,
+    StackModalitiesd,
+)
 
 OLD = ("_flair", "_t1ce", "_t1", "_t2", "_seg")
 NEW = ("-t2f", "-t1c", "-t1n", "-t2w", "-seg")
@@ -26,6 +36,16 @@ def write_case(folder: Path, case: str, suffixes: tuple[str, ...] = OLD, extensi
     for suffix in suffixes:
         (folder / f"{case}{suffix}{extension}").touch()
     return folder
+
+
+def write_images(folder: Path, case: str, label: np.ndarray) -> Path:
+    """A case with images of noise; the path of its label."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).random(label.shape, dtype=np.float32)
+    for suffix in NEW[:-1]:
+        nib.save(nib.Nifti1Image(noise, np.eye(4)), folder / f"{case}{suffix}.nii.gz")
+    nib.save(nib.Nifti1Image(label, np.eye(4)), folder / f"{case}-seg.nii.gz")
+    return folder / f"{case}-seg.nii.gz"
 
 
 class TestDiscover:
@@ -44,7 +64,11 @@ class TestDiscover:
         [
             ("BraTS-GLI-00001-000", "BraTS-GLI-00001"),
             ("BraTS-GLI-00001-101", "BraTS-GLI-00001"),
+            ("BraTS-GLI-00005-100", "BraTS-GLI-00005"),
             ("BraTS-SSA-00002-000", "BraTS-SSA-00002"),
+            ("BraTS-PED-00001-000", "BraTS-PED-00001"),
+            ("BraTS-MEN-00004-000", "BraTS-MEN-00004"),
+            ("BraTS-MET-00002-000", "BraTS-MET-00002"),
             ("BraTS-GLI-00001", "BraTS-GLI-00001"),
         ],
     )
@@ -52,6 +76,32 @@ class TestDiscover:
         folder = write_case(tmp_path / case, case, NEW)
         files = {key: str(folder / f"{case}{suffix}.nii.gz") for key, suffix in zip(KEYS, NEW, strict=True)}
         assert discover(tmp_path) == [{"case": case, "patient": patient, **files, "label_values": [0, 1, 2, 3]}]
+
+    @pytest.mark.parametrize("case", ["BraTS-GLI-00005-100", "BraTS-MET-00002-000"])
+    def test_a_fifth_class_is_declared_by_its_value(self, tmp_path: Path, case: str) -> None:
+        """From the label of a post-treatment case to classes, and from these to a segmentation with its regions."""
+        values, names = [0, 1, 2, 3, 4], [*SPEC.class_names, "resection cavity"]
+        regions = {**SPEC.regions, "RC": (4,)}
+        check_classes(values, names, regions)
+        label = np.zeros((8, 8, 8), dtype=np.uint8)
+        label[2:6, 2:6, 2:6] = np.arange(64).reshape(4, 4, 4) % 5
+        folder = write_images(tmp_path / case, case, label)
+        keys = list(SPEC.modalities)
+        load = Compose([LoadCased(keys), AlignModalitiesd(keys, label_key="label")])
+        data = load(discover(tmp_path)[0])
+        with pytest.raises(ValueError, match=r"holds the values \[4.0\], known are \[0, 1, 2, 3\], .* --label_values"):
+            LabelsToClassesd("label", values=SPEC.label_values)(data)
+        data = StackModalitiesd(keys)(LabelsToClassesd("label", values=values)(data))
+        assert np.array_equal(data["label"][0], label)
+        save = SaveSegmentationd(
+            output_dir=tmp_path, modalities=keys, values=values, class_names=names, regions=regions
+        )
+        save(data | {"pred": data["label"]})
+        assert np.array_equal(nib.load(tmp_path / f"{case}_seg.nii.gz").dataobj, nib.load(folder).dataobj)
+        record = json.loads((tmp_path / f"{case}_seg.json").read_text())
+        assert record["labels"]["resection cavity"] == 4
+        assert record["region_volumes_ml"]["RC"] == pytest.approx((label == 4).sum() / 1000, abs=1e-3)
+        assert record["region_volumes_ml"]["WT"] == pytest.approx(((label > 0) & (label < 4)).sum() / 1000, abs=1e-3)
 
     def test_order_is_that_of_the_ids(self, tmp_path: Path) -> None:
         for parent, case in (("a", "BraTS20_Training_010"), ("z", "BraTS20_Training_002"), ("b", "BraTS-GLI-1-0")):

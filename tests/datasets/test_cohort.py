@@ -86,7 +86,7 @@ class TestTrainingCases:
 
     def test_takes_the_presence_from_a_file(self, run_dir: Path, tmp_path: Path):
         ids = [case["case"] for case in self.cases(run_dir)]
-        presence = [[n % 2 == 0, True, False, n == 1] for n in range(len(ids))]
+        presence = [[n % 2 == 0, True, n == 2, n == 1] for n in range(len(ids))]
         write_presence(tmp_path / "presence.json", ids, presence, modalities=MODALITIES)
         cases = self.cases(run_dir, presence_file=str(tmp_path / "presence.json"))
         assert [case["presence"] for case in cases] == presence
@@ -95,6 +95,24 @@ class TestTrainingCases:
         write_presence(tmp_path / "presence.json", ["other"], [[True] * 4], modalities=MODALITIES)
         with pytest.raises(ValueError, match="has no row for the training cases"):
             self.cases(run_dir, presence_file=str(tmp_path / "presence.json"))
+
+    @pytest.mark.parametrize("rates", [None, [0.5] * 4])
+    def test_names_a_modality_that_no_case_has(self, run_dir: Path, tmp_path: Path, rates: list[float] | None):
+        content = json.loads((run_dir / "datalist.json").read_text())
+        for entry in content["training"]:
+            del entry["t2"]
+        path = str(tmp_path / "list.json")
+        Path(path).write_text(json.dumps(content))
+        said = rf"{path}: no training case has t2, .* --modalities \"\['flair', 't1ce', 't1'\]\", and by missing_rates"
+        with pytest.raises(ValueError, match=said):
+            training_cases(path, dataset="brats", modalities=MODALITIES, missing_rates=rates)
+        assert len(training_cases(path, dataset="brats", modalities=MODALITIES[:3])) == 5
+
+    def test_names_a_modality_that_the_file_hides_everywhere(self, run_dir: Path, tmp_path: Path):
+        path, ids = tmp_path / "presence.json", [case["case"] for case in self.cases(run_dir)]
+        write_presence(path, ids, [[True, False, True, False]] * len(ids), modalities=MODALITIES)
+        with pytest.raises(ValueError, match=rf"{path}: no training case has t1ce, t2, .*\['flair', 't1'\]"):
+            self.cases(run_dir, presence_file=str(path))
 
     def test_refuses_rates_and_a_file_together(self, run_dir: Path):
         with pytest.raises(ValueError, match="not both"):

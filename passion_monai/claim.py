@@ -1,0 +1,102 @@
+"""One training at a time in a folder, and none over another by mistake."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import IO
+
+import ignite.distributed as idist
+
+from passion_monai.distributed import Agreement
+from passion_monai.files import make_folder, writing
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["claim_folder"]
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".training.lock"
+_LOCKED_BYTE = 2**30  # far behind the text: Windows lets nobody read what is locked
+_held: set[tuple[int, Path]] = set()
+"""The lock files that a process holds; a process that was forked from it holds none of them."""
+
+
+def claim_folder(output_dir: str | Path, *, resume: bool, overwrite: bool) -> None:
+    """Keep a folder for the training of this process, until the process ends, and leave a training in it alone.
+
+    The lock is the operating system's, so that nothing of it is left of a process that was killed. Of several processes
+    that train together the first one holds it, and all of them fail if it cannot.
+
+    Args:
+        output_dir: the folder; it is made.
+        resume: whether the training that the folder holds is to go on.
+        overwrite: whether a new one may replace it.
+
+    Raises:
+        OSError: when the folder cannot be written to.
+        RuntimeError: when another process trains in it.
+        ValueError: when it holds weights, and neither `resume` nor `overwrite` is set.
+    """
+    refusal: Exception | None = None
+    if idist.get_rank() == 0:
+        try:
+            _lock(make_folder(output_dir))
+            if not (resume or overwrite):
+                _check_that_it_is_free(Path(output_dir))
+        except (OSError, RuntimeError, ValueError) as error:
+            refusal = error
+    if Agreement().any(refusal is not None):
+        raise refusal or RuntimeError(f"The first process says why it cannot train in {output_dir}.")
+
+
+def _check_that_it_is_free(folder: Path) -> None:
+    weights = sorted(path.name for path in (folder / "models").glob("*.pt"))
+    if weights:
+        raise ValueError(
+            f"{folder / 'models'} holds {', '.join(weights)}, which a new training would replace. Go on with that "
+            "one by --resume True, give another --output_dir, or let it be replaced by --overwrite True."
+        )
+
+
+def _lock(folder: Path) -> None:
+    path = folder.resolve() / _LOCK
+    if (os.getpid(), path) in _held:
+        return
+    with writing(path):
+        file = path.open("a+", encoding="utf-8")
+    try:
+        _lock_file(file)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read() or "another process"
+        file.close()
+        raise RuntimeError(
+            f"{folder} is in use: {holder} trains in it. Give another --output_dir; or wait until that training has "
+            "ended, or end it, and go on with it by --resume True."
+        ) from error
+    except OSError as error:
+        logger.warning(f"{path} cannot be locked ({error.strerror}): start no second training in this folder.")
+    with writing(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    atexit.register(file.close)  # before, it would be a lock no more
+    _held.add((os.getpid(), path))
+
+
+def _lock_file(file: IO[str]) -> None:
+    """Lock a file for this process alone: not for those forked from it, which may outlive it for some seconds."""
+    if sys.platform == "win32":
+        os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
