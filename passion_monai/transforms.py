@@ -533,6 +533,9 @@ class ReplaceSmallClassesd(MapTransform):
         self, keys: str = "pred", *, minimum_voxels: Mapping[int, int], replacement: Mapping[int, int]
     ) -> None:
         super().__init__(keys)
+        for name, given in (("minimum_voxels", minimum_voxels), ("replacement", replacement)):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} must give a whole number for each class, as in {{3: 500}}, got {given!r}.")
         # Read from JSON, the classes are texts.
         self.minimum_voxels = {int(index): int(number) for index, number in minimum_voxels.items()}
         self.replacement = {int(index): int(other) for index, other in replacement.items()}
