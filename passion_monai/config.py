@@ -18,6 +18,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, DEFAULT_HANDLERS_ID
 __all__ = [
     "check_choices",
     "check_device",
+    "check_flips",
     "check_ids",
     "check_numbers",
     "check_paths",
@@ -37,6 +38,17 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False (with a capital on the command line), got {value!r}.")
+
+
+def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:
+    """Refuse to average over flips of no axis.
+
+    Raises:
+        ValueError: when `flip_test` is no switch, or is on and there is no axis.
+    """
+    check_switches(flip_test=flip_test)
+    if flip_test and not flip_axes:
+        raise ValueError("flip_test averages over flips along flip_axes, which are none here, got []; give some.")
 
 
 def check_choices(allowed: Sequence[str], **choices: object) -> None:

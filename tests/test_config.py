@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from passion_monai.config import check_device, check_paths, check_switches, find_bundle_root
+from passion_monai.config import check_device, check_flips, check_paths, check_switches, find_bundle_root
 
 
 @pytest.fixture
@@ -60,3 +60,10 @@ def test_devices_that_are_not_there(device: str):
     check_device("cpu")
     with pytest.raises(ValueError, match=f"device must be cpu, .* got {device!r}: "):
         check_device(device)
+
+
+def test_flips_need_an_axis():
+    check_flips(flip_test=False, flip_axes=[])
+    check_flips(flip_test=True, flip_axes=[0])
+    with pytest.raises(ValueError, match="flip_axes, which are none here"):
+        check_flips(flip_test=True, flip_axes=[])

@@ -35,6 +35,7 @@ from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.score_files import ScoreFiles
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
 from passion_monai.files import complete_file
+from passion_monai.networks.checkpoints import checkpoint_paths
 from passion_monai.presence import combination_name, combinations
 
 __all__ = [
@@ -260,7 +261,7 @@ class CombinationScores:
         num_workers: processes that compute scores while the network predicts the next case; with 0 it waits for them.
         calibration: write ``calibration.csv`` too, the expected calibration error of each case and combination, from
             ``confidence`` int16 [P, H, W(, D)] as :class:`passion_monai.transforms.RestoreClassesd` gives it.
-        weights: checkpoint that is evaluated. Scores of another one are not gone on with.
+        weights: checkpoint, or list of them, that is evaluated. Scores of another one are not gone on with.
         keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
             class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
         settings: whatever else the scores depend on, likewise.
@@ -278,7 +279,7 @@ class CombinationScores:
         regions: Mapping[str, Sequence[int]],
         num_workers: int = 0,
         calibration: bool = False,
-        weights: str | Path | None = None,
+        weights: str | Path | Sequence[str | Path] | None = None,
         keep_cases: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -293,7 +294,7 @@ class CombinationScores:
         columns = {_SCORES: SCORE_COLUMNS} | ({_CALIBRATION: _CALIBRATION_COLUMNS} if calibration else {})
         made_with = {
             "version": __version__,
-            "weights_sha256": None if weights is None else _sha256(Path(weights)),
+            "weights_sha256": None if weights is None else _sha256(weights),
             "modalities": self.modalities,
             "regions": self.regions,
             **(settings or {}),
@@ -481,10 +482,11 @@ def _or_if_empty(distance: float, empty_distance: float) -> float:
     return empty_distance if math.isnan(distance) else distance
 
 
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():  # what loads them says so, when the run starts
+def _sha256(weights: str | Path | Sequence[str | Path]) -> str | None:
+    paths = checkpoint_paths(weights)
+    if not all(path.is_file() for path in paths):  # what loads them says so, when the run starts
         return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
 
 
 def _spacing(case: str, *maps: Tensor) -> list[float]:
