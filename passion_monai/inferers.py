@@ -28,7 +28,7 @@ class PresenceInferer(SlidingWindowInferer):
     volume given to a network in 2-D is predicted slice by slice along its last axis.
 
     Args:
-        flip_axes: spatial axes of a window; its probabilities are averaged over all ways to flip it along some of these.
+        flip_axes: spatial axes; probabilities are averaged over all ways to flip a window along some of these.
         precision: of the network, one of :data:`passion_monai.precision.PRECISIONS`; probabilities are float32.
         kwargs: those of :class:`monai.inferers.SlidingWindowInferer`.
 

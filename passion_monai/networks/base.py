@@ -34,9 +34,9 @@ class DecoderOutput(NamedTuple):
 
 
 def find_presence(image: Tensor) -> Tensor:
-    """Which modalities there are, bool [B, M], where nothing but the image [B, M, ...] says so: those that are not all 0.
+    """Which modalities there are, bool [B, M], where nothing but the image [B, M, ...] says so.
 
-    A normalised modality never is.
+    It is those that are not 0 everywhere, which a normalised modality never is.
     """
     return (image != 0).flatten(2).any(dim=2)
 
