@@ -6,14 +6,25 @@ import difflib
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import monai.bundle
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, DEFAULT_HANDLERS_ID
 
-__all__ = ["check_choices", "check_ids", "check_numbers", "check_switches", "find_bundle_root"]
+__all__ = [
+    "check_choices",
+    "check_device",
+    "check_flips",
+    "check_ids",
+    "check_numbers",
+    "check_paths",
+    "check_switches",
+    "find_bundle_root",
+]
 
 
 def check_switches(**switches: object) -> None:
@@ -29,6 +40,17 @@ def check_switches(**switches: object) -> None:
             raise ValueError(f"{name} must be True or False (with a capital on the command line), got {value!r}.")
 
 
+def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:
+    """Refuse to average over flips of no axis.
+
+    Raises:
+        ValueError: when `flip_test` is no switch, or is on and there is no axis.
+    """
+    check_switches(flip_test=flip_test)
+    if flip_test and not flip_axes:
+        raise ValueError("flip_test averages over flips along flip_axes, which are none here, got []; give some.")
+
+
 def check_choices(allowed: Sequence[str], **choices: object) -> None:
     """Refuse what is not among the names allowed.
 
@@ -38,6 +60,33 @@ def check_choices(allowed: Sequence[str], **choices: object) -> None:
     for name, value in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+
+
+def check_paths(**paths: object) -> None:
+    """Refuse what is neither text nor None for the ids of a configuration that are files or folders.
+
+    The command line takes ``--output_dir 2020`` for a number.
+
+    Raises:
+        ValueError: naming the id and what it was given.
+    """
+    for name, value in paths.items():
+        if value is not None and not isinstance(value, (str, Path)):
+            raise ValueError(f"{name} must be a path, got {value!r}; what looks like a number is a path as ./{value}.")
+
+
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that does not exist or is not there.
+
+    Raises:
+        ValueError: naming the device and why it cannot be used.
+    """
+    try:
+        torch.empty(0, device=device)
+    # torch raises AssertionError where it was built without the device.
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like, got {device!r}: {reason}") from error
 
 
 def check_numbers(
@@ -105,7 +154,9 @@ def check_ids(config: str) -> None:
         raise FileNotFoundError(f"{config} does not exist; give the folder of the bundle as --bundle_root.")
     known = ConfigParser.load_config_file(str(path))
     content: dict[str, Any] = workflow.parser.config  # type: ignore[assignment]
-    used = _references(content) | {workflow.run_id, workflow.init_id, workflow.final_id, ConfigParser.meta_key}
+    if workflow.run_id not in content:
+        raise ValueError(f"There is nothing called {workflow.run_id} to run ({_hint(workflow.run_id, known, path)}).")
+    used = _references(content) | {workflow.run_id, workflow.init_id, workflow.final_id, *_ids_of_monai()}
     unknown = list(_unused(content, known, used))
     if unknown:
         raise ValueError(
@@ -123,6 +174,13 @@ def _running_workflow() -> ConfigWorkflow | None:
             return caller
         frame = frame.f_back
     return None
+
+
+def _ids_of_monai() -> set[str]:
+    """What MONAI adds by itself; its federated client gives the run a name whether there is a tracking or not."""
+    all_settings: Iterable[Any] = DEFAULT_EXP_MGMT_SETTINGS.values()
+    tracking = {name for settings in all_settings for name in settings["configs"]}
+    return tracking - DEFAULT_HANDLERS_ID.keys() | {ConfigParser.meta_key}
 
 
 def _references(config: Any) -> set[str]:
@@ -162,8 +220,8 @@ def find_bundle_root(name: str) -> str:
     """Absolute path of the bundle `name`, wherever the command is run from.
 
     MONAI does not tell a configuration where it lies, and its usual default, the working directory, scatters output.
-    Looked at are, in this order: the configuration files named on the command line, the working directory, and in
-    there ``name`` and ``bundles/name``.
+    Looked at are, in this order: the configuration files of the running workflow, those named on the command line, the
+    working directory, and in there ``name`` and ``bundles/name``.
 
     Raises:
         FileNotFoundError: when none of them is the bundle.
@@ -171,8 +229,10 @@ def find_bundle_root(name: str) -> str:
     words = [word for argument in sys.argv for word in argument.removeprefix("--config_file=").split(",")]
     named = [Path(word.strip("[]'\" ")) for word in words]
     configs = [path.resolve() for path in named if path.suffix in (".yaml", ".yml", ".json")]
+    workflow = _running_workflow()
+    running = [] if workflow is None else [workflow.config_root_path.resolve().parent]
     here = Path.cwd()
-    for folder in [*(path.parent.parent for path in configs), here, here / name, here / "bundles" / name]:
+    for folder in [*running, *(path.parent.parent for path in configs), here, here / name, here / "bundles" / name]:
         if folder.name == name and (folder / "configs" / "metadata.json").is_file():
             return str(folder)
     raise FileNotFoundError(f"The folder of the bundle {name} was not found from {here}; give it as --bundle_root.")

@@ -111,6 +111,14 @@ class SelfDistillation(nn.Module):
                 output = output._replace(own_predictions=self._run_own_predictions(features, rows), own_rows=rows)
         return output if self.precision == "float32" else _to_float32(output)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """That of the backbone: the weights go by the same names in training, in validation and afterwards."""
+        return self.backbone.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the backbone."""
+        return self.backbone.load_state_dict(*args, **kwargs)
+
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of the backbone gives, maybe with checkpointing."""
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor
 
-from passion_monai.networks.base import Backbone
+from passion_monai.networks.base import Backbone, find_presence
+from passion_monai.networks.checkpoints import WeightsLoader
 from passion_monai.precision import autocast
 from passion_monai.presence import combinations
 
-__all__ = ["CombinationInferer", "PresenceInferer"]
+__all__ = ["CombinationInferer", "EnsembleInferer", "PresenceInferer"]
 
 
 class PresenceInferer(SlidingWindowInferer):
     """Class probabilities of whole volumes from the modalities that each has.
 
-    Softmax comes before the windows are
-    averaged. Each volume's own presence goes with all of its windows, whatever `sw_batch_size` is. A volume given to a
-    network in 2-D is predicted slice by slice along its last axis.
+    Softmax comes before the windows are averaged. Each volume's own presence goes with all of its windows, whatever
+    `sw_batch_size` is; without one, as other software calls an inferer, a modality that is 0 everywhere is missing. A
+    volume given to a network in 2-D is predicted slice by slice along its last axis.
 
     Args:
+        flip_axes: spatial axes; probabilities are averaged over all ways to flip a window along some of these.
         precision: of the network, one of :data:`passion_monai.precision.PRECISIONS`; probabilities are float32.
         kwargs: those of :class:`monai.inferers.SlidingWindowInferer`.
 
@@ -32,11 +37,15 @@ class PresenceInferer(SlidingWindowInferer):
         - Output: [B, K, H, W(, D)].
     """
 
-    def __init__(self, *, precision: str = "float32", **kwargs: Any) -> None:
+    def __init__(self, *, flip_axes: Sequence[int] = (), precision: str = "float32", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.flips = [flip for count in range(len(flip_axes) + 1) for flip in itertools.combinations(flip_axes, count)]
         self.precision = precision
 
-    def __call__(self, inputs: Tensor, network: Backbone, presence: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Backbone, presence: Tensor | None = None
+    ) -> Tensor:
+        presence = find_presence(inputs) if presence is None else presence
         with autocast(inputs.device, self.precision):
             volumes = [
                 self._infer_volume(inputs[n : n + 1], network, presence[n : n + 1].to(inputs.device))
@@ -53,10 +62,17 @@ class PresenceInferer(SlidingWindowInferer):
     def _slide(self, volume: Tensor, network: Backbone, predict: Callable[[Tensor], Tensor]) -> Tensor:
         by_slice = volume.ndim - 2 > network.spatial_dims
         images = volume[0].movedim(-1, 0) if by_slice else volume  # [D, M, H, W]
-        result = super().__call__(images, predict)
+        result = super().__call__(images, lambda windows: self._average_flips(windows, predict))
         if not isinstance(result, Tensor):
             raise TypeError(f"the network must put out one tensor, got {type(result).__name__}.")
         return result.movedim(0, -1)[None] if by_slice else result
+
+    def _average_flips(self, windows: Tensor, predict: Callable[[Tensor], Tensor]) -> Tensor:
+        total = predict(windows)
+        for flip in self.flips[1:]:
+            axes = [axis + 2 for axis in flip]
+            total = total + predict(windows.flip(axes)).flip(axes)
+        return total / len(self.flips)
 
 
 class CombinationInferer(PresenceInferer):
@@ -89,3 +105,22 @@ class CombinationInferer(PresenceInferer):
         result = probabilities.new_full((1, len(available), *probabilities.shape[2:]), torch.nan)
         result[:, available] = probabilities
         return result
+
+
+class EnsembleInferer(Inferer):
+    """The mean of what an inferer puts out with each of several checkpoints of the same network.
+
+    Args:
+        inferer: whose results are averaged.
+        weights: the checkpoints; a single one changes nothing.
+    """
+
+    def __init__(self, inferer: PresenceInferer, weights: WeightsLoader) -> None:
+        self.inferer = inferer
+        self.weights = weights
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Backbone, presence: Tensor | None = None
+    ) -> Tensor:
+        results = (self.inferer(inputs, network, presence) for _ in self.weights.in_turn())
+        return functools.reduce(operator.iadd, results).div_(len(self.weights.paths))  # in place: it may be gigabytes

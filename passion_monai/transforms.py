@@ -48,6 +48,7 @@ __all__ = [
     "RandMaskModalitiesd",
     "ReplaceSmallClassesd",
     "RestoreClassesd",
+    "SaveProbabilitiesd",
     "SaveSegmentationd",
     "SelectSliced",
     "StackModalitiesd",
@@ -540,10 +541,12 @@ class RestoreClassesd(MapTransform):
         image_key: the image that they were computed from.
         label_key: where the case has it, the maps get the label's grid; otherwise the original grid of the image.
         confidence_key: where to put the probability of the most likely class, if it is wanted.
+        probabilities_key: where to put the probabilities themselves, if they are wanted.
 
     Shape:
         - Output: int16 [1, ...] or [P, ...]; -1 everywhere for a combination whose probabilities are NaN.
         - Confidence: int16, the same; from 1 to `FULL_CONFIDENCE`, and 0 for what the network did not see.
+        - Probabilities: float32 [K, ...], of a single combination; outside the cropped region those of background.
     """
 
     def __init__(
@@ -553,11 +556,13 @@ class RestoreClassesd(MapTransform):
         image_key: str = "image",
         label_key: str = "label",
         confidence_key: str | None = None,
+        probabilities_key: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.image_key = image_key
         self.label_key = label_key
         self.confidence_key = confidence_key
+        self.probabilities_key = probabilities_key
         self.resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
@@ -576,6 +581,9 @@ class RestoreClassesd(MapTransform):
             restored[key] = MetaTensor(torch.stack(maps), affine=affine)
             if self.confidence_key is not None:
                 restored[self.confidence_key] = torch.stack(confidences)
+            if self.probabilities_key is not None:
+                moved = self._resample(data[key], image.affine, affine, shape)
+                restored[self.probabilities_key] = MetaTensor(_normalised(moved), affine=affine)
         return restored
 
     def _restore(
@@ -586,9 +594,22 @@ class RestoreClassesd(MapTransform):
         if bool(plain.isnan().all()):
             absent = torch.full(tuple(shape), -1, dtype=torch.int16)
             return absent, torch.zeros_like(absent)
-        resampled = self.resample(MetaTensor(plain, affine=source.cpu()), dst_affine=affine.cpu(), spatial_size=shape)
-        moved = _plain(resampled)
+        moved = self._resample(plain, source, affine, shape)
         return moved.argmax(dim=0).to(torch.int16), None if self.confidence_key is None else _confidence(moved)
+
+    def _resample(self, probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:
+        on_network_grid = MetaTensor(_plain(probabilities).cpu(), affine=source.cpu())
+        return _plain(self.resample(on_network_grid, dst_affine=affine.cpu(), spatial_size=shape))
+
+
+def _normalised(probabilities: Tensor) -> Tensor:
+    """K probabilities [K, ...] that were resampled with zeros around them, so that they add up to 1 everywhere.
+
+    The most likely class stays what it was; where there is nothing but zeros, that is the background.
+    """
+    total = probabilities.sum(dim=0)
+    background = torch.eye(len(probabilities))[0].view(-1, *[1] * total.ndim)
+    return (probabilities / total).where(total > 0, background)
 
 
 def _confidence(probabilities: Tensor) -> Tensor:
@@ -617,6 +638,9 @@ class ReplaceSmallClassesd(MapTransform):
         self, keys: str = "pred", *, minimum_voxels: Mapping[int, int], replacement: Mapping[int, int]
     ) -> None:
         super().__init__(keys)
+        for name, given in (("minimum_voxels", minimum_voxels), ("replacement", replacement)):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} must give a whole number for each class, as in {{3: 500}}, got {given!r}.")
         # Read from JSON, the classes are texts.
         self.minimum_voxels = {int(index): int(number) for index, number in minimum_voxels.items()}
         self.replacement = {int(index): int(other) for index, other in replacement.items()}
@@ -716,3 +740,29 @@ class SaveSegmentationd(MapTransform):
         if self.expected_scores is None or name not in self.expected_scores["combinations"]:
             return None
         return {"data": self.expected_scores["data"], "regions": self.expected_scores["combinations"][name]}
+
+
+class SaveProbabilitiesd(MapTransform):
+    """Write class probabilities as ``<case>_prob.nii.gz``, the classes along the last axis.
+
+    NIfTI has no numbers of 16 bits but whole ones: the file holds those from 0 to `FULL_CONFIDENCE`, and the scale by
+    which all that read NIfTI make 0 to 1 of them.
+
+    Args:
+        keys: key of the probabilities, float [K, H, W, D] with the affine of the file to write.
+        output_dir: folder to write to; it is made.
+    """
+
+    def __init__(self, keys: str = "probabilities", *, output_dir: str | Path) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            levels = (_plain(data[key]).movedim(0, -1) * FULL_CONFIDENCE).round().to(torch.int16).numpy()
+            image = nib.Nifti1Image(levels, data[key].affine.cpu().numpy())
+            image.header.set_slope_inter(1 / FULL_CONFIDENCE, 0)
+            image.header.set_xyzt_units("mm")
+            with complete_file(self.output_dir / f"{data['case']}_prob.nii.gz") as unfinished:
+                nib.save(image, unfinished)
+        return {key: value for key, value in data.items() if key not in self.keys}  # large, and of no use afterwards

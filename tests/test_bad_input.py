@@ -24,14 +24,21 @@ from ignite.engine import Engine
 from monai.apps.utils import extractall
 from monai.transforms import Compose, NormalizeIntensityd, Orientationd, Spacingd, SpatialPadd
 
-from passion_monai.config import check_choices, check_numbers, check_switches
+from passion_monai.config import (
+    check_choices,
+    check_device,
+    check_flips,
+    check_numbers,
+    check_paths,
+    check_switches,
+)
 from passion_monai.datasets import check_classes, discover
 from passion_monai.datasets.cohort import inference_cases, training_cases, validation_cases
 from passion_monai.datasets.datalist import check_modalities, read_datalist
 from passion_monai.faults import FAULT_KEY, Fault, FaultReport, TolerantDataset, raise_faults
 from passion_monai.foreground import ZeroBackgroundd
 from passion_monai.networks import MMFormer, RFNet
-from passion_monai.networks.checkpoints import load_weights, read_state_dict
+from passion_monai.networks.checkpoints import checkpoint_paths, load_weights, read_state_dict
 from passion_monai.networks.pretrained import transfer_weights
 from passion_monai.presence import simulate_presence
 from passion_monai.transforms import (
@@ -675,6 +682,12 @@ SETTINGS = (
     Bad("a crop in 2-D of 3-D", lambda: check_numbers(1, length=3, roi_size=[80, 80]), "roi_size must be a list of 3"),
     Bad("a spacing of 0", lambda: check_numbers(0.001, length=2, spacing=[1.0, 0.0]), "spacing must be .* 0.001"),
     Bad("a switch in words", lambda: check_switches(resume="false"), "resume must be True or False .* got 'false'"),
+    Bad("a folder called by a number", lambda: check_paths(output_dir=2020), "output_dir must be a path, got 2020"),
+    Bad("another device", lambda: check_device("gpu"), "device must be cpu, cuda, cuda:1 or the like, got 'gpu'"),
+    Bad(
+        "flips along no axis", lambda: check_flips(flip_test=True, flip_axes=[]), "flip_axes, which are none here, got"
+    ),
+    Bad("weights called by a number", lambda: checkpoint_paths(7), "ckpt_path must be a path or a list of .* got 7"),
     Bad("another objective", lambda: check_choices(["passion"], objective="pasion"), r"one of \['passion'\], got 'pas"),
     Bad(
         "a crop that is no multiple of the stride",
@@ -685,6 +698,10 @@ SETTINGS = (
     Bad(
         "a class without name", lambda: check_classes((0, 1, 2), ("a", "b"), {}), "label_values and class_names must be"
     ),
+    Bad(
+        "one number for the label values", lambda: check_classes(3, ("a",), {}), "label_values must be a list .* got 3"
+    ),
+    Bad("one number for the regions", lambda: check_classes((0, 1), ("a", "b"), 5), "regions must be names .* got 5"),
     Bad("a label value twice", lambda: check_classes((0, 1, 1), ("a", "b", "c"), {}), "label_values must be different"),
     Bad("a class name twice", lambda: check_classes((0, 1), ("a", "a"), {}), "class_names must be different"),
     Bad(

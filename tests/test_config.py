@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from passion_monai.config import check_switches, find_bundle_root
+from passion_monai.config import check_device, check_flips, check_paths, check_switches, find_bundle_root
 
 
 @pytest.fixture
@@ -47,3 +47,23 @@ def test_switches_are_true_or_false(value: object):
     check_switches(a=True, b=False)
     with pytest.raises(ValueError, match=f"b must be True or False .*, got {value!r}"):
         check_switches(a=True, b=value)
+
+
+def test_paths_are_text():
+    check_paths(a="x", b=None)
+    with pytest.raises(ValueError, match="b must be a path, got 2020; what looks like a number"):
+        check_paths(a="x", b=2020)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 1.5])
+def test_devices_that_are_not_there(device: str):
+    check_device("cpu")
+    with pytest.raises(ValueError, match=f"device must be cpu, .* got {device!r}: "):
+        check_device(device)
+
+
+def test_flips_need_an_axis():
+    check_flips(flip_test=False, flip_axes=[])
+    check_flips(flip_test=True, flip_axes=[0])
+    with pytest.raises(ValueError, match="flip_axes, which are none here"):
+        check_flips(flip_test=True, flip_axes=[])

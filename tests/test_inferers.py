@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from copy import deepcopy
+from pathlib import Path
+
 import pytest
 import torch
 
-from passion_monai.inferers import CombinationInferer, PresenceInferer
+from passion_monai.inferers import CombinationInferer, EnsembleInferer, PresenceInferer
 from passion_monai.networks import MMFormer
+from passion_monai.networks.checkpoints import WeightsLoader
 from passion_monai.presence import combinations
 
 WINDOWS = {"roi_size": (32, 32), "overlap": 0.5}
@@ -97,3 +101,53 @@ def test_combinations_of_a_volume_slice_by_slice(network: MMFormer):
     result = inferer(slices.movedim(0, -1)[None], network, presence)
     for n in range(2):
         torch.testing.assert_close(result[..., n], inferer(slices[n : n + 1], network, presence))
+
+
+@torch.no_grad()
+def test_without_presence_a_channel_of_zeros_is_missing(network: MMFormer):
+    """As the inference task of MONAI Label calls an inferer."""
+    image, presence = volumes(2), torch.tensor([[True, False, True], [True, True, True]])
+    image[0, 1] = 0
+    inferer = PresenceInferer(**WINDOWS)
+    torch.testing.assert_close(inferer(image, network), inferer(image, network, presence), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_flips_are_averaged(network: MMFormer):
+    image, presence = volumes()[..., :32, :32], torch.tensor([[True, False, True]])
+    plain, flipping = PresenceInferer(**WINDOWS), PresenceInferer(flip_axes=(0, 1), **WINDOWS)
+    axes = ([], [2], [3], [2, 3])
+    expected = sum(plain(image.flip(flip), network, presence).flip(flip) for flip in axes) / 4
+    result = flipping(image, network, presence)
+    torch.testing.assert_close(result, expected)
+    assert not torch.allclose(result, plain(image, network, presence))
+    combined = CombinationInferer(num_modalities=3, flip_axes=(0, 1), **WINDOWS)(image, network, presence)
+    index = combinations(3).tolist().index([True, False, True])
+    torch.testing.assert_close(combined[:, index], expected)
+
+
+@torch.no_grad()
+def test_checkpoints_are_averaged(network: MMFormer, tmp_path: Path):
+    image, presence, inferer = volumes(), torch.tensor([[True, False, True]]), PresenceInferer(**WINDOWS)
+    running, expected = deepcopy(network), []
+    for seed in range(3):
+        other = deepcopy(network)
+        torch.manual_seed(seed)
+        for parameter in other.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        torch.save(other.state_dict(), tmp_path / f"{seed}.pt")
+        expected.append(inferer(image, other, presence))
+    weights = WeightsLoader(running, [tmp_path / f"{seed}.pt" for seed in range(3)])
+    weights()
+    ensemble = EnsembleInferer(inferer, weights)
+    for _ in range(2):  # for every volume anew
+        torch.testing.assert_close(ensemble(image, running, presence), torch.stack(expected).mean(dim=0))
+    single = WeightsLoader(running, tmp_path / "1.pt")
+    single()
+    torch.testing.assert_close(EnsembleInferer(inferer, single)(image, running, presence), expected[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", [7, [], ["model.pt", 7]])
+def test_checkpoints_are_paths(network: MMFormer, path: object):
+    with pytest.raises(ValueError, match="ckpt_path must be a path or a list of paths, got "):
+        WeightsLoader(network, path)  # type: ignore[arg-type]

@@ -62,6 +62,11 @@ def check_classes(
     Raises:
         ValueError: naming what contradicts what.
     """
+    for name, values in (("label_values", label_values), ("class_names", class_names)):
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(f"{name} must be a list with one entry per class, got {values!r}.")
+    if not isinstance(regions, Mapping):
+        raise ValueError(f"regions must be names with a list of class indices each, got {regions!r}.")
     if len(label_values) != len(class_names):
         raise ValueError(
             f"label_values and class_names must be as long, one of each per class, got {list(label_values)} and "
@@ -73,9 +78,10 @@ def check_classes(
         if len(set(values)) < len(values):
             raise ValueError(f"{name} must be different for each class, got {list(values)}.")
     for region, classes in regions.items():
-        if not classes or not set(classes) <= set(range(1, len(class_names))):
+        listed = isinstance(classes, (list, tuple))
+        if not listed or not classes or not set(classes) <= set(range(1, len(class_names))):
             raise ValueError(
-                f"regions[{region!r}] must hold class indices from 1 to {len(class_names) - 1}, got {list(classes)}."
+                f"regions[{region!r}] must hold class indices from 1 to {len(class_names) - 1}, got {classes!r}."
             )
 
 

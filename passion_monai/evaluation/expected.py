@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 
 from passion_monai.evaluation.statistics import summarise
 from passion_monai.files import complete_file
+from passion_monai.networks.checkpoints import checkpoint_paths
 
 __all__ = ["FILE_NAME", "checksum", "read_expected_scores", "write_expected_scores"]
 
@@ -23,10 +25,12 @@ _METRICS = ("dice", "hd95_mm")
 _DIGITS = 4
 
 
-def checksum(weights: str | Path) -> str | None:
-    """SHA-256 of a file of weights; None where there is none."""
-    path = Path(weights)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+def checksum(weights: str | Path | Sequence[str | Path]) -> str | None:
+    """SHA-256 of a file of weights, or of several; None where one is not there."""
+    paths = checkpoint_paths(weights)
+    if not all(path.is_file() for path in paths):  # what loads them says so, when the run starts
+        return None
+    return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
 
 
 def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha256: str | None, data: str) -> None:
@@ -49,12 +53,12 @@ def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_expected_scores(weights: Any) -> dict[str, Any] | None:
+def read_expected_scores(weights: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
     """What was written for these weights, or None where they were not evaluated.
 
     Args:
-        weights: path of the checkpoint. In the folder ``evaluation`` beside its folder is where evaluations of a run
-            put their files.
+        weights: path of the checkpoint, or of several. In the folder ``evaluation`` beside the first one's folder is
+            where evaluations of a run put their files.
 
     Returns:
         ``data`` and ``combinations``, as :func:`write_expected_scores` has them.
@@ -62,9 +66,7 @@ def read_expected_scores(weights: Any) -> dict[str, Any] | None:
     Raises:
         ValueError: when the file is there and cannot be read.
     """
-    if not isinstance(weights, (str, Path)):  # several networks that are averaged have no scores of their own
-        return None
-    path = Path(weights).absolute().parent.parent / "evaluation" / FILE_NAME
+    path = checkpoint_paths(weights)[0].absolute().parent.parent / "evaluation" / FILE_NAME
     if not path.is_file():
         return None
     try:

@@ -261,7 +261,7 @@ class CombinationScores:
         num_workers: processes that compute scores while the network predicts the next case; with 0 it waits for them.
         calibration: write ``calibration.csv`` too, the expected calibration error of each case and combination, from
             ``confidence`` int16 [P, H, W(, D)] as :class:`passion_monai.transforms.RestoreClassesd` gives it.
-        weights: checkpoint that is evaluated. Scores of another one are not gone on with.
+        weights: checkpoint, or list of them, that is evaluated. Scores of another one are not gone on with.
         keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
             class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
         data: which cases these are, for people to read.
@@ -280,7 +280,7 @@ class CombinationScores:
         regions: Mapping[str, Sequence[int]],
         num_workers: int = 0,
         calibration: bool = False,
-        weights: str | Path | None = None,
+        weights: str | Path | Sequence[str | Path] | None = None,
         keep_cases: int = 0,
         data: str = "",
         settings: Mapping[str, Any] | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from passion_monai.networks.blocks import is_exporting
 
-__all__ = ["Backbone", "DecoderOutput", "Features", "masked_features", "select_rows"]
+__all__ = ["Backbone", "DecoderOutput", "Features", "find_presence", "masked_features", "select_rows"]
 
 Features = tuple[tuple[Tensor, ...] | None, ...]
 """For each of the M modalities its encoded maps [B, C, h, w(, d)], zero for samples that lack it; None if all do."""
@@ -31,6 +31,14 @@ class DecoderOutput(NamedTuple):
     logits: Tensor
     auxiliary: tuple[Tensor, ...]
     features: Tensor
+
+
+def find_presence(image: Tensor) -> Tensor:
+    """Which modalities there are, bool [B, M], where nothing but the image [B, M, ...] says so.
+
+    It is those that are not 0 everywhere, which a normalised modality never is.
+    """
+    return (image != 0).flatten(2).any(dim=2)
 
 
 def select_rows(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:

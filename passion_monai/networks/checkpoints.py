@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,23 +198,51 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 
 class WeightsLoader:
-    """Loads the weights of a training when an engine starts; see :func:`load_weights`.
+    """Loads the weights of a training, or of several for an ensemble, when an engine starts; see :func:`load_weights`.
 
     Args:
         network: the network.
-        path: file of the weights.
+        path: file of the weights, or a list of files.
+
+    Raises:
+        ValueError: when `path` is neither.
     """
 
-    def __init__(self, network: nn.Module, path: str | Path) -> None:
+    def __init__(self, network: nn.Module, path: str | Path | Sequence[str | Path]) -> None:
         self.network = network
-        self.path = path
+        self.paths = checkpoint_paths(path)
+        self._states: list[dict[str, Tensor]] = []
 
     def attach(self, engine: Engine) -> None:
         """Load when this engine starts."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self) -> None:
-        load_weights(self.network, self.path)
+        self._states = []
+        for path in self.paths:
+            load_weights(self.network, path)
+            if len(self.paths) > 1:
+                self._states.append({name: value.cpu().clone() for name, value in self.network.state_dict().items()})
+
+    def in_turn(self) -> Iterator[None]:
+        """Let the network have the weights of each file, one after the other; those of a single file it has."""
+        if len(self.paths) == 1:
+            yield
+        for state in self._states:
+            self.network.load_state_dict(state)
+            yield
+
+
+def checkpoint_paths(path: Any) -> list[Path]:
+    """The files that a ``ckpt_path`` names, which is a path or a list of paths.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    paths = path if isinstance(path, (list, tuple)) else [path]
+    if not paths or not all(isinstance(one, (str, Path)) for one in paths):
+        raise ValueError(f"ckpt_path must be a path or a list of paths, got {path!r}.")
+    return [Path(one) for one in paths]
 
 
 def _translate(name: str, rules: Sequence[Rule]) -> str:

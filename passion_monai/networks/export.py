@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passion_monai.networks.base import Backbone
+from passion_monai.networks.base import Backbone, find_presence
 
 __all__ = ["PresenceFromImage", "trace_network"]
 
@@ -48,7 +48,7 @@ class PresenceFromImage(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network(image, (image != 0).flatten(2).any(dim=2))
+        return self.network(image, find_presence(image))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load the weights of the network itself."""

@@ -51,4 +51,8 @@ def _command(words: list[str], cwd: Path, outputs: list[Path]) -> None:
     os.environ["MONAI_FAIL_ON_DUPLICATE_CONFIG"] = "1"
     warnings.simplefilter("ignore")
     sys.argv[1:] = words
-    runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+    except Exception:  # noqa: BLE001 - whatever ends it
+        sys.excepthook(*sys.exc_info())  # as Python does by itself, and multiprocessing does not
+        sys.exit(1)

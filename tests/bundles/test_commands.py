@@ -106,6 +106,16 @@ class TestExport:
 
     @pytest.mark.two_bundles
     @torch.no_grad()
+    def test_the_network_itself_can_be_traced(self, bundle: Any, trained: Path, tmp_path: Path):
+        image = random_image(bundle)
+        shape = str(list(image.shape)).replace(" ", "")
+        path = tmp_path / "model.ts"
+        self.export(bundle, "ckpt_export", "network_def", trained, path, use_trace=True, input_shape=shape)
+        network = build_network(bundle, trained / "models" / "model.pt")
+        torch.testing.assert_close(torch.jit.load(path).eval()(image), network(image), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.two_bundles
+    @torch.no_grad()
     def test_onnx_gives_the_same_labels(self, bundle: Any, trained: Path, tmp_path: Path):
         image = random_image(bundle)
         shape = str(list(image.shape)).replace(" ", "")

@@ -51,7 +51,18 @@ def test_other_weights_have_no_scores(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_what_was_not_evaluated_has_none(tmp_path: Path) -> None:
     assert read_expected_scores(tmp_path / "models" / "model.pt") is None
-    assert read_expected_scores([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) is None
+
+
+def test_several_networks_have_the_scores_of_their_mean(tmp_path: Path) -> None:
+    weights = make_run(tmp_path)
+    both = [weights, weights.with_name("other.pt")]
+    both[1].write_bytes(b"others")
+    assert read_expected_scores(both) is None
+    path = tmp_path / "evaluation" / FILE_NAME
+    write_expected_scores(path, make_scores(), weights_sha256=checksum(both), data="two cases")
+    assert read_expected_scores(both) is not None
+    assert read_expected_scores(both[::-1]) is None
+    assert read_expected_scores(weights) is None
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", json.dumps({"weights_sha256": ""})])
