@@ -88,8 +88,14 @@ def dice(prediction: Tensor, label: Tensor) -> float:
         ValueError: when the shapes differ.
     """
     _check_masks(prediction, label)
-    total = int(prediction.count_nonzero() + label.count_nonzero())
-    return 2 * int((prediction & label).count_nonzero()) / total if total else 1.0
+    return float(_dice(prediction, label))
+
+
+def _dice(prediction: Tensor, label: Tensor) -> Tensor:
+    """The same as a tensor where the masks lie, without waiting for its value."""
+    total = prediction.count_nonzero() + label.count_nonzero()
+    both = (prediction & label).count_nonzero()
+    return torch.where(total > 0, 2 * both.double() / total.clamp_min(1), 1.0)
 
 
 class SurfaceDistances(NamedTuple):
@@ -228,18 +234,17 @@ class CombinationDiceMetric(CumulativeIterationMetric):
                 f"got {None if y is None else tuple(y.shape)}."
             )
         # Post-processed predictions may be on the CPU; gathering over ranks wants the scores where the labels are.
-        scores = [self._score_item(*item) for item in zip(y_pred.cpu(), y.cpu(), strict=True)]
-        return torch.tensor(scores, device=y.device)
+        scores = [self._score_item(*item) for item in zip(y_pred, y.to(y_pred.device), strict=True)]
+        return torch.stack(scores).to(y.device, torch.float32)
 
-    def _score_item(self, predictions: Tensor, label: Tensor) -> list[float]:
+    def _score_item(self, predictions: Tensor, label: Tensor) -> Tensor:
         label_masks = region_masks(label[0], self.regions)
         scores = []
-        for prediction in predictions:
-            if bool((prediction == _NOT_AVAILABLE).all()):
-                scores += [math.nan] * len(self.regions)
-            else:
-                scores += map(dice, region_masks(prediction, self.regions), label_masks)
-        return scores
+        for prediction in convert_to_tensor(predictions):
+            available = (prediction != _NOT_AVAILABLE).any()
+            masks = region_masks(prediction, self.regions)
+            scores += [torch.where(available, _dice(*pair), torch.nan) for pair in zip(masks, label_masks, strict=True)]
+        return torch.stack(scores)
 
 
 class CombinationScores:
