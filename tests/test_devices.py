@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from passion_monai import distillation, handlers
 from passion_monai.devices import PreparePresence, read_back, send
 from passion_monai.distillation import SelfDistillation
-from passion_monai.evaluation.metrics import CombinationDiceMetric
+from passion_monai.evaluation.dice import CombinationDiceMetric
 from passion_monai.handlers import LossOutput, PreferenceHandler, ProgressValues, TrainingLog
 from passion_monai.inferers import CombinationInferer, PresenceInferer
 from passion_monai.losses import PassionLoss, PMRLoss, TaskLoss
