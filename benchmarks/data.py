@@ -26,7 +26,7 @@ TRAINING_CASES = 219
 def parsed_config(arguments: argparse.Namespace) -> ConfigParser:
     """The bundle's configuration, with all cases of the cohort for training."""
     cohort = arguments.output / "cohort"
-    write_phantom("brats", cohort, num_cases=arguments.cases, shape=SHAPE, spacing=SPACING, seed=0)
+    write_phantom("brats", cohort, num_cases=arguments.cases, shape=arguments.shape, spacing=SPACING, seed=0)
     config = ConfigParser.load_config_file(str(TRAIN_CONFIG))
     config |= {
         "bundle_root": str(TRAIN_CONFIG.parents[1]),
@@ -55,16 +55,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=40, help="60 %% of them train")
+    parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, help="of a case, in voxels of 1 mm")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--step_seconds", type=float, default=0.5)
     arguments = parser.parse_args()
+    json.dump({name: float(f"{value:.4g}") for name, value in measured(arguments).items()}, sys.stdout)
+    print()
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, float]:
+    """What is reported."""
     config = parsed_config(arguments)
     start = time.perf_counter()
     dataset = config.get_parsed_content("train::dataset")
     preparation = time.perf_counter() - start
     seconds, waited = epoch(config, arguments.step_seconds)
     size = sum(path.stat().st_size for path in (arguments.output / "cache").iterdir())
-    results = {
+    return {
         "preparation_seconds_per_case": preparation / len(dataset),
         "preparation_minutes_of_brats": preparation / len(dataset) * TRAINING_CASES / 60,
         "mib_per_case": size / len(dataset) / 2**20,
@@ -73,8 +80,6 @@ def main() -> None:
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_rss_gib_of_workers": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
     }
-    json.dump({name: float(f"{value:.4g}") for name, value in results.items()}, sys.stdout)
-    print()
 
 
 if __name__ == "__main__":

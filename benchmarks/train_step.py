@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.dense import DenseStep
 from benchmarks.measure import NUM_CLASSES, NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
 from passion_monai.distillation import SelfDistillation
 from passion_monai.losses import PassionLoss, TaskLoss
+from passion_monai.networks import Backbone
 
 MISSING_RATES = (0.2, 0.4, 0.6, 0.8)
+FORMS = ("sparse", "compiled", "dense")
+"""Of a step: as a training runs it, the same by torch.compile, and as the authors' code computes it."""
 AVAILABILITY = [1 / (1 - rate) for rate in MISSING_RATES]
 
 
@@ -34,7 +38,14 @@ def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
     loss, passes = objective(arguments.objective)
     loss = loss.to(arguments.device)
     settings = {"precision": arguments.dtype, "activation_checkpointing": arguments.checkpointing}
-    distillation = SelfDistillation(network, **settings, **passes)
+    distillation: Callable[..., Any] = SelfDistillation(network, **settings, **passes)
+    if arguments.form == "compiled":
+        distillation = torch.compile(distillation)
+
+    def sparse(image: Tensor, presence: Tensor, label: Tensor) -> Any:
+        return loss(distillation(image, presence, label), label)
+
+    compute = dense_step(arguments, network, loss) if arguments.form == "dense" else sparse
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
     shape = [arguments.size] * 3
     image = torch.randn(1, NUM_MODALITIES, *shape, device=arguments.device)
@@ -46,10 +57,17 @@ def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss(distillation(image, presence, label), label).backward()
+        compute(image, presence, label).backward()
         optimizer.step()
 
     return step
+
+
+def dense_step(arguments: argparse.Namespace, network: Backbone, loss: nn.Module) -> DenseStep:
+    """The step as the authors' code computes it."""
+    if not isinstance(loss, PassionLoss):
+        raise ValueError(f"The dense form is of the paper's objective and the released one, not {arguments.objective}.")
+    return DenseStep(network, loss, precision=arguments.dtype)
 
 
 def profile_of(step: Callable[[], None]) -> str:
@@ -66,6 +84,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--objective", choices=("paper", "released", "baseline"), default="released")
     parser.add_argument("--checkpointing", action="store_true", help="keep no activations")
+    parser.add_argument("--form", choices=FORMS, default="sparse", help="dense: as the authors compute it")
     parser.add_argument("--profile", action="store_true", help="say what takes the time, instead of how long it is")
     arguments = parser.parse_args()
     step = train_step(arguments)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from passion_monai.devices import read_back
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, select_rows
 from passion_monai.precision import autocast
@@ -143,7 +144,7 @@ class SelfDistillation(nn.Module):
         if label is None:
             raise ValueError('own_predictions="neglected" needs the label.')
         _, gap = PrototypeDistillationLoss(self.backbone.num_classes).of_students(output, label)
-        return task_mask(relative_preference(gap.cpu(), output.presence)).bool()
+        return task_mask(relative_preference(read_back(gap), output.presence)).bool()
 
     def _run_own_predictions(self, features: Features, rows: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(

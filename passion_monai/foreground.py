@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import itk
 import numpy as np
 import torch
 from monai.transforms import MapTransform
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
 from passion_monai.presence import combinations
@@ -76,8 +74,8 @@ class ZeroBackgroundd(MapTransform):
 class ClearBackgroundd(MapTransform):
     """Let predicted probabilities say background wherever the images show none of the head.
 
-    That is where every modality that a prediction is made from is 0, and none has the place enclosed. It is no part of
-    PASSION: a network has learned of the air from crops that hold some of it, and may see a tumour there.
+    That is where every modality that a prediction is made from is 0. It is no part of PASSION: a network has learned of
+    the air from crops that hold some of it, and may see a tumour there.
 
     Args:
         keys: key of the probabilities, [K, ...], or [P, K, ...] for all combinations, class 0 being the background.
@@ -93,7 +91,7 @@ class ClearBackgroundd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, presence = torch.as_tensor(data[self.image_key]).cpu(), data[self.presence_key].cpu()
-        heads = torch.stack([torch.from_numpy(ndimage.binary_fill_holes(channel.numpy() != 0)) for channel in image])
+        heads = image != 0  # [M, ...]
         for key in self.keys:
             if data[key].ndim == image.ndim:
                 _clear(data[key], outside=~heads.any(dim=0))
@@ -133,6 +131,9 @@ def _border(image: Tensor) -> Tensor:
 
 def _head(volume: NDArray[np.float32]) -> NDArray[np.bool_]:
     """The largest part of a volume that is brighter than Otsu's threshold, and what it encloses."""
+    import itk  # large, and needed by nobody else for NIfTI
+    from scipy import ndimage
+
     clipped = np.ascontiguousarray(np.minimum(volume, np.percentile(volume, _OUTLIERS)), dtype=np.float32)
     image = itk.image_view_from_array(clipped)
     bright = np.asarray(itk.otsu_threshold_image_filter(image, inside_value=0, outside_value=1)) > 0

@@ -12,6 +12,7 @@ import torch
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor
 
+from passion_monai.devices import send
 from passion_monai.networks.base import Backbone, find_presence
 from passion_monai.networks.checkpoints import WeightsLoader
 from passion_monai.precision import autocast
@@ -46,12 +47,10 @@ class PresenceInferer(SlidingWindowInferer):
         self, inputs: Tensor, network: Backbone, presence: Tensor | None = None
     ) -> Tensor:
         presence = find_presence(inputs) if presence is None else presence
+        presence = presence.cpu()  # once, where it lies on a GPU, and not for each window
         with autocast(inputs.device, self.precision):
-            volumes = [
-                self._infer_volume(inputs[n : n + 1], network, presence[n : n + 1].to(inputs.device))
-                for n in range(len(inputs))
-            ]
-        return torch.cat(volumes)
+            volumes = [self._infer_volume(inputs[n : n + 1], network, presence[n : n + 1]) for n in range(len(inputs))]
+        return volumes[0] if len(volumes) == 1 else torch.cat(volumes)
 
     def _infer_volume(self, volume: Tensor, network: Backbone, presence: Tensor) -> Tensor:
         def predict(windows: Tensor) -> Tensor:
@@ -93,18 +92,20 @@ class CombinationInferer(PresenceInferer):
         self.combinations = torch.from_numpy(combinations(num_modalities))
 
     def _infer_volume(self, volume: Tensor, network: Backbone, presence: Tensor) -> Tensor:
-        combinations_ = self.combinations.to(volume.device)
-        available = ~(combinations_ & ~presence).any(dim=1)
+        available = ~(self.combinations & ~presence).any(dim=1)
+        subsets = self.combinations[available, None]  # each [1, M]
 
         def predict(windows: Tensor) -> Tensor:
             features = network.encode(windows, presence)
-            outputs = [network.decode(features, combination[None]).logits for combination in combinations_[available]]
+            outputs = [network.decode(features, subset).logits for subset in subsets]
             return torch.stack([logits.float().softmax(dim=1) for logits in outputs], dim=1).flatten(1, 2)
 
         probabilities = self._slide(volume, network, predict).unflatten(1, (int(available.sum()), network.num_classes))
+        if available.all():  # the usual case, of gigabytes
+            return probabilities
         result = probabilities.new_full((1, len(available), *probabilities.shape[2:]), torch.nan)
-        result[:, available] = probabilities
-        return result
+        (indices,) = available.nonzero(as_tuple=True)
+        return result.index_copy_(1, send(indices, result.device), probabilities)
 
 
 class EnsembleInferer(Inferer):

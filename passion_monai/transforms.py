@@ -18,7 +18,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import itk
 import nibabel as nib
 import numpy as np
 import torch
@@ -174,7 +173,7 @@ class LoadCased(MapTransform):
         self.label_key = label_key
         self.spatial_dims = spatial_dims
         self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
-        self.nifti_reader, self.reader = NibabelReader(), ITKReader()
+        self.nifti_reader = NibabelReader()
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         loaded = dict(data)
@@ -233,11 +232,27 @@ class LoadCased(MapTransform):
         if is_nifti:
             _check_header(path)
         # Given with each call, or LoadImage would try all other readers where this one refuses a file.
-        reader = self.nifti_reader if is_nifti else self.reader
-        if name.endswith((".mha", ".mhd")):
-            reader = ITKReader(imageio=itk.MetaImageIO.New())  # which ITK does not choose by itself for .MHA
-        image: MetaTensor = self.load(path, reader=reader)
+        image: MetaTensor = self.load(path, reader=self.nifti_reader if is_nifti else _itk_reader(name))
         return _in_millimetres(image, path) if is_nifti else image
+
+
+def _itk_reader(name: str) -> ITKReader:
+    """The reader of what is not NIfTI; ITK is not imported before such a file is read.
+
+    Args:
+        name: of the file, in small letters.
+    """
+    itk = _import_itk()
+    # ITK does not choose its MetaImage reader by itself for .MHA.
+    return ITKReader(imageio=itk.MetaImageIO.New()) if name.endswith((".mha", ".mhd")) else ITKReader()
+
+
+def _import_itk() -> Any:
+    try:
+        import itk
+    except ImportError as error:
+        raise ImportError("NRRD, MetaImage and DICOM need ITK: pip install itk") from error
+    return itk
 
 
 def _check_gzip(path: str) -> None:
@@ -291,7 +306,7 @@ def _is_invertible(affine: Tensor) -> bool:
 
 def _count_series(folder: str) -> int:
     """How many DICOM series a folder holds, told apart as MONAI's reader does, which takes the first of them."""
-    names = itk.GDCMSeriesFileNames.New()
+    names = _import_itk().GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)
     names.AddSeriesRestriction("0008|0021")  # date of the series
     names.SetDirectory(folder)

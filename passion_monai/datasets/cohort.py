@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.datalist import (
     apply_presence,
@@ -18,14 +20,15 @@ from passion_monai.datasets.datalist import (
     write_datalist,
 )
 from passion_monai.datasets.discovery import strip_extension
-from passion_monai.datasets.phantom import write_phantom
 from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence
 from passion_monai.transforms import LoadCased
 
-__all__ = ["inference_cases", "prepare_datalist", "training_cases", "validation_cases"]
+__all__ = ["inference_cases", "is_phantom", "prepare_datalist", "training_cases", "validation_cases"]
 
 logger = logging.getLogger(__name__)
+PHANTOM_MARK = "PHANTOM, not a patient"
+"""Stands in the header of every image of a phantom cohort."""
 
 Case = dict[str, Any]
 
@@ -204,8 +207,20 @@ def _phantom(dataset: str, output_dir: str, phantom: Mapping[str, Any]) -> Path:
     logger.warning(
         f"No dataset_dir is given: this runs on the PHANTOM cohort in {folder}, which is not patients' data."
     )
+    # Here, since no other case needs what phantoms are made with.
+    from passion_monai.datasets.phantom import write_phantom
+
     write_phantom(dataset, folder, **phantom)
     return folder
+
+
+def is_phantom(path: str | Path) -> bool:
+    """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
+    path = Path(path)
+    if not path.name.lower().endswith(".nii.gz"):
+        return False
+    image: Any = nib.load(path)
+    return PHANTOM_MARK.encode() in image.header["descrip"].item()
 
 
 def _check_root(datalist: Path, root: Path) -> None:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from passion_monai.datasets.brain_phantom import brain_phantom
 from passion_monai.datasets.cardiac_phantom import cardiac_phantom, draw_slices
+from passion_monai.datasets.cohort import PHANTOM_MARK
 
-__all__ = ["is_phantom", "write_phantom"]
+__all__ = ["write_phantom"]
 
 NOTICE = """PHANTOM, not patients.
 
@@ -31,7 +32,6 @@ Files and label values are those of {layout},
 so that software for that data set runs on them. They are no measurement of any person; scores on them say nothing
 about patients.
 """
-MARK = "PHANTOM, not a patient"
 VERSION = 1  # stands in every file's header; raise it when the same seed gives other images than before
 
 
@@ -133,15 +133,6 @@ def write_phantom(
     return folders
 
 
-def is_phantom(path: str | Path) -> bool:
-    """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
-    path = Path(path)
-    if not path.name.lower().endswith(".nii.gz"):
-        return False
-    image: Any = nib.load(path)
-    return MARK.encode() in image.header["descrip"].item()
-
-
 def _layout(dataset: str) -> _Layout:
     if dataset not in _LAYOUTS:
         raise ValueError(f"There is no phantom of {dataset!r}, only of {list(_LAYOUTS)}.")
@@ -169,7 +160,7 @@ def _empty_image(shape: Sequence[int], spacing: Sequence[float], *, seed: int, n
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = f"{MARK}: passion_monai v{VERSION} seed {seed} case {number}"
+    image.header["descrip"] = f"{PHANTOM_MARK}: passion_monai v{VERSION} seed {seed} case {number}"
     return image
 
 

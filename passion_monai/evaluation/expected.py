@@ -8,13 +8,13 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from passion_monai.evaluation.statistics import summarise
 from passion_monai.files import complete_file
 from passion_monai.networks.checkpoints import checkpoint_paths
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["FILE_NAME", "checksum", "read_expected_scores", "write_expected_scores"]
 
@@ -42,6 +42,8 @@ def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha
         weights_sha256: of the weights that were evaluated, see :func:`checksum`; no others have these scores.
         data: which cases were scored, for people to read.
     """
+    from passion_monai.evaluation.statistics import summarise  # pandas and scipy, which an inference does not need
+
     combinations: dict[str, Any] = {}
     for metric in _METRICS:
         for row in summarise(scores, metric).to_dict("records"):

@@ -22,7 +22,6 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
-from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import get_edge_surface_distance
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from passion_monai import __version__
 from passion_monai.evaluation.calibration import expected_calibration_error
+from passion_monai.evaluation.dice import check_masks, dice, region_masks
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
 from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.score_files import ScoreFiles
@@ -39,57 +39,19 @@ from passion_monai.presence import combination_name, combinations
 
 __all__ = [
     "EMPTY_DISTANCE",
-    "CombinationDiceMetric",
     "CombinationScores",
     "SurfaceDistances",
-    "dice",
-    "region_masks",
     "score_case",
     "surface_distances",
 ]
 
 logger = logging.getLogger(__name__)
 _ML_PER_MM3 = 1e-3
-_NOT_AVAILABLE = -1  # class map of a combination that a case does not have the modalities for
 _QUANTILE = 0.95
 _PENDING_PER_WORKER = 2  # cases that wait in memory for a worker
 _SCORES, _CALIBRATION = "scores.csv", "calibration.csv"
 _CALIBRATION_COLUMNS = ("case", "combination", "ece")
 Row = dict[str, Any]
-
-
-def region_masks(classes: Tensor, regions: Mapping[str, Sequence[int]]) -> Tensor:
-    """Masks of regions that are unions of classes.
-
-    Args:
-        classes: class indices.
-        regions: class indices of each region by its name.
-
-    Shape:
-        - classes: int [...]; output: bool [R, ...].
-    """
-    plain = convert_to_tensor(classes)
-    masks = torch.zeros((len(regions), *plain.shape), dtype=torch.bool, device=plain.device)
-    for mask, members in zip(masks, regions.values(), strict=True):
-        for member in members:  # torch.isin takes several times as long
-            mask |= plain == member
-    return masks
-
-
-def dice(prediction: Tensor, label: Tensor) -> float:
-    """Dice coefficient ``2 |prediction & label| / (|prediction| + |label|)``; 1 where both masks are empty.
-
-    Args:
-        prediction: mask.
-        label: mask of the same shape.
-
-    Raises:
-        TypeError: when a mask is not boolean.
-        ValueError: when the shapes differ.
-    """
-    _check_masks(prediction, label)
-    total = int(prediction.count_nonzero() + label.count_nonzero())
-    return 2 * int((prediction & label).count_nonzero()) / total if total else 1.0
 
 
 class SurfaceDistances(NamedTuple):
@@ -123,7 +85,7 @@ def surface_distances(prediction: Tensor, label: Tensor, spacing: Sequence[float
         TypeError: when a mask is not boolean.
         ValueError: when the shapes differ or the spacing does not fit them.
     """
-    _check_masks(prediction, label)
+    check_masks(prediction, label)
     if len(spacing) != label.ndim:
         raise ValueError(f"spacing must have one entry for each of {label.ndim} axes, got {list(spacing)}.")
     if not prediction.any() or not label.any():
@@ -181,65 +143,6 @@ def score_case(
         for region, mask, label_mask in zip(regions, region_masks(prediction, regions), label_masks, strict=True):
             rows.append({"case": case, "combination": name, "region": region} | _score(mask, label_mask, spacing))
     return rows
-
-
-class CombinationDiceMetric(CumulativeIterationMetric):
-    """Dice of every region for every modality combination, for validation during training.
-
-    The result is one number: the mean over cases for each combination and region, then over combinations and regions,
-    so that each combination has the same weight however many cases have its modalities.
-
-    Args:
-        regions: class indices of each region by its name.
-
-    Shape:
-        - y_pred: list of int [P, H, W(, D)] or a batch of them; a map that is -1 everywhere is of a combination that
-          the case does not have the modalities for, and counts for nothing.
-        - y: list of int [1, H, W(, D)] or a batch of them.
-        - Buffer: [N, P * R], regions running fastest; NaN for a combination without a map.
-
-    Raises:
-        ValueError: when there is no region, when shapes do not fit, and on aggregating nothing.
-
-    Example:
-        >>> metric = CombinationDiceMetric(regions={"tumour": (1, 2)})
-        >>> _ = metric([torch.tensor([[[0, 1]], [[-1, -1]]])], [torch.tensor([[[0, 2]]])])
-        >>> metric.aggregate().item()
-        1.0
-    """
-
-    def __init__(self, regions: Mapping[str, Sequence[int]]) -> None:
-        super().__init__()
-        if not regions:
-            raise ValueError("regions must name at least one region with its class indices, got none.")
-        self.regions = {name: tuple(members) for name, members in regions.items()}
-
-    def aggregate(self) -> Tensor:
-        """Mean Dice over cases, then over combinations and regions."""
-        scores = self.get_buffer()
-        if not isinstance(scores, Tensor):
-            raise ValueError("There is nothing to aggregate; call the metric on predictions and labels first.")
-        return scores.nanmean(dim=0).nanmean()
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
-        if y is None or y.shape != (len(y_pred), 1, *y_pred.shape[2:]):
-            raise ValueError(
-                f"y must be [{len(y_pred)}, 1, ...] for y_pred {tuple(y_pred.shape)}, "
-                f"got {None if y is None else tuple(y.shape)}."
-            )
-        # Post-processed predictions may be on the CPU; gathering over ranks wants the scores where the labels are.
-        scores = [self._score_item(*item) for item in zip(y_pred.cpu(), y.cpu(), strict=True)]
-        return torch.tensor(scores, device=y.device)
-
-    def _score_item(self, predictions: Tensor, label: Tensor) -> list[float]:
-        label_masks = region_masks(label[0], self.regions)
-        scores = []
-        for prediction in predictions:
-            if bool((prediction == _NOT_AVAILABLE).all()):
-                scores += [math.nan] * len(self.regions)
-            else:
-                scores += map(dice, region_masks(prediction, self.regions), label_masks)
-        return scores
 
 
 class CombinationScores:
@@ -495,12 +398,3 @@ def _spacing(case: str, *maps: Tensor) -> list[float]:
         if isinstance(classes, MetaTensor):
             return [float(size) for size in affine_to_spacing(classes.affine, r=classes.ndim - 1)]
     raise ValueError(f"Case {case}: neither pred nor label is a MetaTensor, so the voxel size in mm is not known.")
-
-
-def _check_masks(prediction: Tensor, label: Tensor) -> None:
-    if prediction.dtype != torch.bool or label.dtype != torch.bool:
-        raise TypeError(f"prediction and label must be boolean masks, got {prediction.dtype} and {label.dtype}.")
-    if prediction.shape != label.shape:
-        raise ValueError(
-            f"prediction and label must have one shape, got {tuple(prediction.shape)} and {tuple(label.shape)}."
-        )

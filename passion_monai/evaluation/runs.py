@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
+from passion_monai.datasets.cohort import is_phantom
 from passion_monai.datasets.datalist import datalist_presence
-from passion_monai.datasets.phantom import is_phantom
-from passion_monai.evaluation.tables import METRICS, read_scores
 from passion_monai.files import complete_file
 from passion_monai.presence import combination_name, combinations, read_presence, write_presence
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["BASELINE", "Run", "method_name", "pooled_scores", "read_runs", "write_run"]
 
@@ -146,6 +146,8 @@ def pooled_scores(runs: Sequence[Run]) -> pd.DataFrame:
     """
     if len(runs) == 1:
         return runs[0].scores
+    import pandas as pd
+
     if _are_folds(runs):
         return pd.concat([run.scores for run in runs], ignore_index=True)
     return pd.concat([run.scores.assign(seed=run.settings["seed"]) for run in runs], ignore_index=True)
@@ -186,6 +188,9 @@ def _read_scores(folder: Path, settings: Mapping[str, Any]) -> pd.DataFrame:
     """The scores of a run, which must be of the modalities and regions that the run says it is of."""
     path = folder / "evaluation" / "scores.csv"
     remedy = "run the evaluate workflow again, to its end"
+    # Here, since a training, which writes what it was by this module, needs no tables and no pandas.
+    from passion_monai.evaluation.tables import METRICS, read_scores
+
     try:
         scores = read_scores(path).astype(dict.fromkeys(METRICS, float))
     except (ValueError, TypeError) as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from passion_monai.devices import send
 from passion_monai.networks.base import DecoderOutput
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def stack_columns(columns: Sequence[Tensor | None], rows: Tensor, device: torch.
         else:
             zeros = torch.zeros(len(rows), device=device, dtype=None if column is None else column.dtype)
             (indices,) = there.nonzero(as_tuple=True)
-            stacked.append(zeros if column is None else zeros.index_copy(0, indices.to(device), column))
+            stacked.append(zeros if column is None else zeros.index_copy(0, send(indices, device), column))
     return torch.stack(stacked, dim=1)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from passion_monai.devices import send
 from passion_monai.losses.pixel import PixelDistillationLoss
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.losses.segmentation import SegmentationLoss, absent_as_nan, modality_regularisation
@@ -143,11 +144,11 @@ class PassionLoss(nn.Module):
     def forward(self, output: DistillationOutput, label: Tensor) -> Tensor:
         """Loss, a scalar, from the passes of `SelfDistillation` and the label, int [B, 1, H, W(, D)]."""
         segmentation = self.segmentation(output.fused, label)
-        presence = output.presence.to(label.device)
+        presence = send(output.presence, label.device)
         pixel, (prototype, gap) = self.pixel.of_students(output), self.prototype.of_students(output, label)
         preference = relative_preference(gap, presence)
         delta = task_mask(preference) if self.use_task_mask else presence.to(prototype)
-        beta = self.beta.to(segmentation.device)
+        beta = send(self.beta, segmentation.device)
         distillation = self.lambda_pixel * beta * pixel + self.lambda_prototype * delta * prototype
         per_modality = {"loss_pixel": pixel, "loss_prototype": prototype, "gap": gap, "relative_preference": preference}
         self.terms = {"loss_segmentation": segmentation.detach()} | {
@@ -157,7 +158,7 @@ class PassionLoss(nn.Module):
             regularisation = modality_regularisation(self.segmentation.loss, output, label)
             distillation = distillation + self.lambda_regularisation * delta * beta * regularisation
             self.terms["loss_regularisation"] = absent_as_nan(regularisation, output.own_rows)
-        return (segmentation + (self.modality_weights.to(beta) * distillation).sum(dim=1)).mean()
+        return (segmentation + (send(self.modality_weights, beta.device) * distillation).sum(dim=1)).mean()
 
 
 def _per_modality(name: str, values: Sequence[float] | Tensor | None, num_modalities: int) -> Tensor:

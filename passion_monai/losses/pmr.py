@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from passion_monai.devices import send
 from passion_monai.losses.columns import student_columns
 from passion_monai.losses.prototype import class_prototypes, flat_features, one_hot_label
 from passion_monai.losses.segmentation import TaskLoss, absent_as_nan
@@ -59,7 +60,7 @@ class PMRLoss(nn.Module):
             return prototype_scores(student.features, *select_rows((one_hot,), rows))
 
         score, dce = student_columns(compare, output, parts=2)
-        rows = output.student_rows.to(label.device)
+        rows = send(output.student_rows, label.device)
         mean_score = score.sum(dim=1, keepdim=True) / rows.sum(dim=1, keepdim=True).clamp_min(1)
         slow = rows & (score < mean_score)
         loss = self.task(output, label) + self.lambda_dce * (slow * dce).sum(dim=1).mean()

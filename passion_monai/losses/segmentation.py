@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from passion_monai.devices import send
 from passion_monai.losses.columns import stack_columns
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.networks.base import DecoderOutput, select_rows
@@ -184,7 +185,7 @@ def modality_regularisation(loss: DiceWeightedCELoss, output: DistillationOutput
 def measured_preference(output: DistillationOutput, label: Tensor) -> dict[str, Tensor]:
     """``gap``, Eq. (7), and ``relative_preference``, Eq. (10), of each sample and modality, [B, M], NaN if absent."""
     _, gap = PrototypeDistillationLoss(output.fused.logits.shape[1]).of_students(output, label)
-    preference = relative_preference(gap, output.presence.to(gap.device))
+    preference = relative_preference(gap, send(output.presence, gap.device))
     return {
         "gap": absent_as_nan(gap, output.presence),
         "relative_preference": absent_as_nan(preference, output.presence),
@@ -193,4 +194,4 @@ def measured_preference(output: DistillationOutput, label: Tensor) -> dict[str, 
 
 def absent_as_nan(values: Tensor, rows: Tensor) -> Tensor:
     """The values [B, M] without gradient, NaN where `rows`, bool [B, M], is False."""
-    return values.detach().masked_fill(~rows.to(values.device), torch.nan)
+    return values.detach().masked_fill(~send(rows, values.device), torch.nan)

@@ -10,6 +10,7 @@ import torch
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
+from passion_monai.devices import send
 from passion_monai.networks.blocks import is_exporting
 
 __all__ = ["Backbone", "DecoderOutput", "Features", "find_presence", "masked_features", "select_rows"]
@@ -43,7 +44,10 @@ def find_presence(image: Tensor) -> Tensor:
 
 def select_rows(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
     """Some samples of each of the maps [B, ...], `rows` bool [B]; nothing is copied where all are selected."""
-    return maps if bool(rows.all()) else tuple(map_[rows] for map_ in maps)
+    if bool(rows.all()):
+        return maps
+    (indices,) = rows.nonzero(as_tuple=True)
+    return tuple(map_.index_select(0, send(indices, map_.device)) for map_ in maps)
 
 
 def masked_features(features: Features, presence: Tensor) -> dict[int, tuple[Tensor, ...]]:
@@ -74,7 +78,7 @@ def _mask(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _zero_where_absent(map_: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows.to(map_.device).view(-1, *[1] * (map_.ndim - 1)), map_, 0.0)
+    return torch.where(send(rows, map_.device).view(-1, *[1] * (map_.ndim - 1)), map_, 0.0)
 
 
 class Backbone(nn.Module, ABC):
@@ -170,11 +174,12 @@ class Backbone(nn.Module, ABC):
         """Encode some samples; the others' maps are zero."""
         if rows.all():
             return self.encode_modality(image, modality)
-        encoded = self.encode_modality(image[rows], modality)
+        (selected,) = select_rows((image,), rows)
+        encoded = self.encode_modality(selected, modality)
         (indices,) = rows.nonzero(as_tuple=True)
         channels_last = [map_.movedim(1, -1) for map_ in encoded]
         return tuple(
-            map_.new_zeros(len(rows), *map_.shape[1:]).index_copy(0, indices.to(map_.device), map_).movedim(-1, 1)
+            map_.new_zeros(len(rows), *map_.shape[1:]).index_copy(0, send(indices, map_.device), map_).movedim(-1, 1)
             for map_ in channels_last
         )
 
@@ -191,7 +196,7 @@ class Backbone(nn.Module, ABC):
     def forward(self, image: Tensor, presence: Tensor | None = None) -> Tensor:
         """Logits [B, K, H, W(, D)] from the modalities in `presence`, by default from all of them."""
         if presence is None:
-            presence = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+            presence = torch.ones(image.shape[:2], dtype=torch.bool)
         return self.decode(self.encode(image, presence), presence).logits
 
     def _checked_presence(self, image: Tensor, presence: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class PaddedConv(nn.Module):
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.padding, mode=self.padding_mode)
+        x = self._pad(x)
         if self.groups > 1:
             return _convolve(x, self.weight, self.bias, self.stride, self.groups)
         if 1 < x.shape[1] < MIN_CHANNELS:
@@ -136,6 +136,11 @@ class PaddedConv(nn.Module):
             return _convolve(torch.cat([x, x], dim=1), self.weight, self.bias, self.stride, 2)
         return _convolve(x, self.weight, self.bias, self.stride, 1)
 
+    def _pad(self, x: Tensor) -> Tensor:
+        if self.padding_mode == "reflect" and x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return reflect(x, self.padding[0])
+        return F.pad(x, self.padding, mode=self.padding_mode)
+
     def _convolve_filled(self, x: Tensor) -> Tensor:
         """The convolution with channels of zeros added: four are computed several times faster than two."""
         out_channels, in_channels = self.weight.shape[:2]
@@ -144,6 +149,18 @@ class PaddedConv(nn.Module):
         weight = F.pad(self.weight, kernel + fill_in + fill_out)
         x = _convolve(F.pad(x, kernel + fill_in), weight, F.pad(self.bias, fill_out), self.stride, 1)
         return x[:, :out_channels]
+
+
+def reflect(x: Tensor, size: int) -> Tensor:
+    """A map [B, C, ...] with borders of `size` that mirror it.
+
+    As torch's `F.pad`, whose gradient on a GPU is not the same each time; but it takes longer.
+    """
+    for axis in range(2, x.ndim):
+        before = x.narrow(axis, 1, size).flip(axis)
+        after = x.narrow(axis, x.shape[axis] - 1 - size, size).flip(axis)
+        x = torch.cat([before, x, after], dim=axis)
+    return x
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], groups: int) -> Tensor:

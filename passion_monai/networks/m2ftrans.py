@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passion_monai.devices import send
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, masked_features
 from passion_monai.networks.blocks import (
     ConvNormAct,
@@ -174,9 +175,9 @@ class FusionTransformer(nn.Module):
         modalities = list(features)
         maps = torch.stack(list(features.values()), dim=1).flatten(3).transpose(2, 3)  # [B, P, T, C]
         fusion_tokens = self.fusion_tokens.expand(len(maps), 1, -1, -1)
-        embeddings = self.position_embeddings[[*modalities, -1]]
+        embeddings = torch.stack([self.position_embeddings[index] for index in (*modalities, -1)])
         tokens = (torch.cat([maps, fusion_tokens], dim=1) + embeddings).flatten(1, 2)
-        score_bias = self.score_bias(presence[:, modalities].to(tokens.device), tokens.dtype)
+        score_bias = self.score_bias(send(presence[:, modalities], tokens.device), tokens.dtype)
         weights = self.modality_weights(tokens, score_bias)
         for layer in self.layers:
             tokens = layer(tokens, score_bias)
@@ -297,7 +298,7 @@ class CrossAttentionFusion(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self, x: Tensor, features: Mapping[int, Tensor], presence: Tensor) -> Tensor:
-        absent = ~presence[:, list(features)].to(x.device).repeat_interleave(x.shape[1], dim=1)[:, None, None]
+        absent = ~send(presence[:, list(features)], x.device).repeat_interleave(x.shape[1], dim=1)[:, None, None]
         score_bias = torch.zeros_like(absent, dtype=x.dtype).masked_fill(absent, -math.inf)  # [B, 1, 1, P * C]
         x = self._round(0, x, features, score_bias)
         features = {modality: F.gelu(map_ + self.modality_mlp(map_)) for modality, map_ in features.items()}

@@ -27,6 +27,7 @@ from passion_monai.networks.blocks import (
     is_exporting,
     upsample,
 )
+from passion_monai.precision import autocast
 
 __all__ = ["RFNet"]
 
@@ -217,7 +218,7 @@ class RegionFusion(nn.Module):
         """
         # In half precision the sums over voxels would overflow.
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        with torch.autocast(logits.device.type, enabled=False):
+        with autocast(logits.device, "float32"):
             probabilities = logits.detach().softmax(dim=1, dtype=dtype).flatten(2)  # [B, K, V]
             voxels = [y.to(dtype).movedim(1, -1).flatten(1, -2) for y in features.values()]  # P times [B, V, C]
             weights = self.region_weights(list(features), voxels, probabilities)  # [B, K, P]
@@ -235,7 +236,7 @@ class RegionFusion(nn.Module):
         descriptors = [pooled.get(modality, absent) for modality in range(self.num_modalities)]
         columns = torch.cat([*descriptors, share], dim=2).unsqueeze(3).unbind(dim=1)  # K times [B, M * C + 1, 1]
         weights = torch.cat([mlp(x) for mlp, x in zip(self.weightings, columns, strict=True)], dim=2).mT
-        return weights[:, :, list(modalities)]
+        return torch.stack([weights[:, :, modality] for modality in modalities], dim=2)
 
 
 def mix_regions(probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tensor:

@@ -20,13 +20,11 @@ from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
+from passion_monai.evaluation.dice import CombinationDiceMetric, dice, region_masks
 from passion_monai.evaluation.kept_maps import read_kept_case
 from passion_monai.evaluation.metrics import (
     EMPTY_DISTANCE,
-    CombinationDiceMetric,
     CombinationScores,
-    dice,
-    region_masks,
     score_case,
     surface_distances,
 )

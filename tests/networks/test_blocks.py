@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from passion_monai.networks import blocks
-from passion_monai.networks.blocks import ConvNormAct, ModalityFusion, NormActConv, conv, upsample_logits
+from passion_monai.networks.blocks import ConvNormAct, ModalityFusion, NormActConv, conv, reflect, upsample_logits
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -101,3 +101,14 @@ def test_fusion_by_projections_is_a_convolution_of_all_modalities(block: type[bl
     expected = fusion[2](fusion[1](fusion[0](maps.flatten(1, 2))))
     found = fusion([fusion.project(maps[:, modality], modality) for modality in (0, 2)])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 4, 5, 3)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_reflected_borders_are_those_of_torch(shape: tuple[int, ...], size: int):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    result, expected = reflect(x, size), F.pad(x, [size] * 2 * (len(shape) - 2), mode="reflect")
+    assert torch.equal(result, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((padded * weights).sum(), x)[0] for padded in (result, expected)]
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,178 @@
+"""All that one GPU should tell, in eight minutes: `python -m benchmarks.gpu --output gpu.jsonl`.
+
+One line of JSON per row, written as soon as it is measured, with the card's name. The rows that matter most come first;
+what does not fit into the time, or into the memory, says so in its row. `--device cpu --small` tries it without a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.data import SHAPE, measured
+from benchmarks.inference import prediction
+from benchmarks.measure import NUM_MODALITIES
+from benchmarks.train_step import train_step
+from passion_monai.networks import BACKBONES
+
+__all__ = ["main"]
+
+SETTINGS = {"width": 8, "size": 80, "threads": torch.get_num_threads(), "allocator": "kept"}
+SETTINGS |= {"objective": "paper", "checkpointing": False, "window_batch_size": 1, "combinations": False}
+SETTINGS |= {"separate": False, "volume": SHAPE, "warm_up": 3, "repeats": 5}
+SMALL = {"width": 4, "size": 32, "volume": (40, 32, 32), "threads": 1, "warm_up": 1, "repeats": 1}
+PRECISIONS = ("float32", "bfloat16")
+BYTES_PER_GIB = 2**30
+Row = dict[str, Any]
+Task = tuple[Row, Callable[[argparse.Namespace], Row]]
+
+
+def tasks(*, small: bool) -> Iterator[Task]:
+    """What each row is of, and the function that measures it."""
+    backbones = ["rfnet"] if small else list(BACKBONES)
+    presents = [1, 2] if small else range(1, NUM_MODALITIES + 1)
+    grid = [
+        {"backbone": backbone, "present": present, "dtype": dtype}
+        for backbone, dtype, present in itertools.product(backbones, PRECISIONS, presents)
+    ]
+    # What is absent costs the dense form as much as what is there.
+    yield from (({"kind": "step", "form": "sparse", **row}, step) for row in grid)
+    yield from (({"kind": "step", "form": "dense", **row}, step) for row in grid if row["present"] == presents[-1])
+    for backbone, dtype, combinations in itertools.product(backbones, PRECISIONS, (False, True)):
+        settings = {"backbone": backbone, "present": NUM_MODALITIES, "dtype": dtype, "combinations": combinations}
+        yield {"kind": "volume", **settings}, volume
+    yield {"kind": "data", "cases": 5, "workers": 2, "step_seconds": 0.1}, data
+    yield from (({"kind": "step", "form": "compiled", **row}, step) for row in grid)
+
+
+def step(arguments: argparse.Namespace) -> Row:
+    """A training step: time, memory, kernels and the share of convolutions."""
+    run = train_step(arguments)
+    times = timed(run, arguments, warm_up=arguments.warm_up, repeats=arguments.repeats)
+    return {**times, **profiled(run, arguments)}
+
+
+def volume(arguments: argparse.Namespace) -> Row:
+    """A whole volume by sliding windows."""
+    return timed(prediction(arguments), arguments, warm_up=0, repeats=1)
+
+
+def data(arguments: argparse.Namespace) -> Row:
+    """The data of a training."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {**vars(arguments), "output": Path(folder), "shape": arguments.volume}
+        return measured(argparse.Namespace(**settings))
+
+
+def timed(run: Callable[[], Any], arguments: argparse.Namespace, *, warm_up: int, repeats: int) -> Row:
+    """Seconds of a run, the median of several, and the memory that it takes on the card."""
+    on_card = torch.device(arguments.device).type == "cuda"
+    for _ in range(warm_up):
+        run()
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [_seconds(run, on_card=on_card) for _ in range(repeats)]
+    peak = {"peak_memory_gib": torch.cuda.max_memory_allocated() / BYTES_PER_GIB} if on_card else {}
+    return {"seconds": statistics.median(seconds), **peak}
+
+
+def _seconds(run: Callable[[], Any], *, on_card: bool) -> float:
+    if on_card:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if on_card:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def profiled(run: Callable[[], Any], arguments: argparse.Namespace) -> Row:
+    """How many kernels one run launches, and which part of their time is convolutions'."""
+    on_card = torch.device(arguments.device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
+    with profile(activities=activities) as profiler:
+        run()
+    # Kernels are events too; their time is also that of the operations which launched them.
+    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    name = "self_device_time_total" if on_card else "self_cpu_time_total"
+    total = sum(getattr(event, name) for event in events)
+    convolutions = sum(getattr(event, name) for event in events if "conv" in event.key)
+    launches = sum(event.count for event in events if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    return {"share_of_convolutions": convolutions / total, **({"launches": launches} if on_card else {})}
+
+
+class _Deadline:
+    """Ends what runs in it by a TimeoutError when the time is up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def __enter__(self) -> None:
+        def stop(*_: object) -> None:
+            raise TimeoutError("out of time")
+
+        if self.end <= time.monotonic():
+            stop()
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, self.end - time.monotonic())
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def results(task: Task, arguments: argparse.Namespace, deadline: _Deadline) -> Row:
+    """A row: what it is of, and what was measured, or why nothing was."""
+    row, function = task
+    settings = {**SETTINGS, **(SMALL if arguments.small else {}), "device": arguments.device, **row}
+    torch.compiler.reset()
+    try:
+        with deadline:
+            return {**row, **function(argparse.Namespace(**settings))}
+    except Exception as error:  # noqa: BLE001 (a row that fails must not end the others)
+        return {**row, "error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+
+
+def card(device: str) -> str:
+    """Its name."""
+    on_card = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if on_card else f"no card: {platform.processor() or platform.machine()}"
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines; it is written anew")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="one backbone of a few channels, on small crops")
+    parser.add_argument("--seconds", type=float, default=480, help="in which all must be done")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # TF32
+    torch.backends.cudnn.allow_tf32 = True
+    deadline = _Deadline(arguments.seconds)
+    about = {"card": card(arguments.device), "torch": torch.__version__}
+    with arguments.output.open("w", encoding="utf-8") as file:
+        for task in tasks(small=arguments.small):
+            line = json.dumps({**about, **_rounded(results(task, arguments, deadline))})
+            print(line, file=file, flush=True)
+            print(line, flush=True)
+
+
+def _rounded(row: Row) -> Row:
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+if __name__ == "__main__":
+    main()
