@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import functools
 import importlib.util
@@ -40,6 +41,12 @@ def build_network(bundle: Any, weights: Path) -> torch.nn.Module:
     network = workflow.parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     return network
+
+
+def tolerance(network: torch.nn.Module, image: torch.Tensor, row: torch.Tensor, logits: torch.Tensor) -> float:
+    """What exports may differ by: 1e-3, or more where the network's own rounding, which they do in another order, is."""
+    exact = copy.deepcopy(network).double()(image.double(), row)
+    return max(1e-3, 5 * float((exact - logits).abs().max()))
 
 
 def random_image(bundle: Any) -> torch.Tensor:
@@ -101,8 +108,10 @@ class TestExport:
         assert json.loads(extra["inference.json"])["network_def"]
         network, image = build_network(bundle, trained / "models" / "model.pt"), random_image(bundle)
         for row in torch.eye(image.shape[1], dtype=torch.bool)[:, None]:
-            torch.testing.assert_close(script.eval()(image, row), network(image, row), rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(script(image, ~row), network(image, ~row), rtol=1e-3, atol=1e-3)
+            for given in (row, ~row):
+                expected = network(image, given)
+                atol = tolerance(network, image, given, expected)
+                torch.testing.assert_close(script.eval()(image, given), expected, rtol=1e-3, atol=atol)
 
     @pytest.mark.two_bundles
     @torch.no_grad()
@@ -126,7 +135,8 @@ class TestExport:
             masked = image * row.view(1, -1, *[1] * (image.ndim - 2))
             (logits,) = session.run(None, {session.get_inputs()[0].name: masked.numpy()})
             expected = network(image, row)
-            torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-3)
+            atol = tolerance(network, image, row, expected)
+            torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=atol)
             assert (torch.from_numpy(logits).argmax(1) == expected.argmax(1)).float().mean() > 0.999
 
 

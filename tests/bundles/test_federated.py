@@ -17,7 +17,8 @@ from monai.fl.utils.exchange_object import ExchangeObject
 @pytest.mark.filterwarnings("ignore:executing the bundle config")
 def test_a_round(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    settings = bundle.small | {"output_dir": str(tmp_path / "site")}
+    phantom = bundle.small["phantom"] | {"num_cases": 7}
+    settings = bundle.small | {"output_dir": str(tmp_path / "site"), "phantom": phantom}
     client = MonaiAlgo(
         bundle_root=str(bundle.folder),
         config_train_filename="configs/train.yaml",
