@@ -44,7 +44,7 @@ def build_network(bundle: Any, weights: Path) -> torch.nn.Module:
 
 
 def tolerance(network: torch.nn.Module, image: torch.Tensor, row: torch.Tensor, logits: torch.Tensor) -> float:
-    """What exports may differ by: 1e-3, or more where the network's own rounding, which they do in another order, is."""
+    """What exports may differ by: 1e-3, or by some of the network's own rounding where that is more."""
     exact = copy.deepcopy(network).double()(image.double(), row)
     return max(1e-3, 5 * float((exact - logits).abs().max()))
 
