@@ -80,18 +80,35 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
         f"#   {command.format(path=path.format(workflow), train=path.format('train'))}\n"
         "# Every id below can be overridden in the same way. Made from fragments by `make bundles`: do not edit.\n"
     )
-    fragments = [_fragment(workflow, phantom=phantom)]
+    names = [workflow]
     if workflow in WORKFLOWS:
         dataset, backbone = _parts(bundle)
-        names = (dataset, f"{dataset}_grid", backbone, "common")
-        fragments = [bundle / "bundle.yaml", *(_fragment(name, phantom=phantom) for name in names), *fragments]
+        names = [dataset, f"{dataset}_grid", backbone, "common", workflow]
+    paths = [_fragment(name, phantom=phantom) for name in names]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    if workflow in WORKFLOWS:
+        own = bundle / "bundle.yaml"
+        texts = {own: own.read_text(encoding="utf-8"), **texts}
+        if workflow != "train":
+            texts[paths[1]] = _weights_grid(texts[paths[1]])
+    _check_keys(texts)
+    return "\n".join([banner, *texts.values()])
+
+
+def _weights_grid(grid: str) -> str:
+    """What stands in for a data set's grid where there are weights, which have one."""
+    template = Template((SHARED / "weights_grid.yaml").read_text(encoding="utf-8"))
+    return template.substitute(yaml.safe_load(grid))
+
+
+def _check_keys(texts: Mapping[Path, str]) -> None:
+    """Check that no two fragments have the same top-level key."""
     owner: dict[str, Path] = {}
-    for fragment in fragments:
-        for key in yaml.safe_load(fragment.read_text(encoding="utf-8")):
+    for fragment, text in texts.items():
+        for key in yaml.safe_load(text):
             if key in owner:
                 raise ValueError(f"{fragment} and {owner[key]} both have the key {key!r}; one of them must go.")
             owner[key] = fragment
-    return "\n".join([banner, *(fragment.read_text(encoding="utf-8") for fragment in fragments)])
 
 
 def _fragment(name: str, *, phantom: bool) -> Path:

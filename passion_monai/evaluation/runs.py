@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from passion_monai.datasets.cohort import is_phantom
 from passion_monai.datasets.datalist import datalist_presence
 from passion_monai.files import complete_file
+from passion_monai.networks.checkpoints import checkpoint_paths
 from passion_monai.presence import combination_name, combinations, read_presence, write_presence
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BASELINE", "Run", "method_name", "pooled_scores", "read_runs", "write_run"]
+__all__ = ["BASELINE", "Run", "method_name", "pooled_scores", "read_runs", "trained_grid", "write_run"]
+
+logger = logging.getLogger(__name__)
 
 BASELINE = "Baseline"
 _LAMBDAS = (0.5, 0.1)  # Sec. 4.2 of the paper
@@ -54,6 +58,31 @@ def write_run(
     by_id = {case["case"]: dict(case) for case in cases}
     presence = datalist_presence(list(by_id.values()), modalities)
     write_presence(folder / "presence.json", list(by_id), presence, modalities=modalities)
+
+
+def trained_grid(
+    weights: str | Path | Sequence[str | Path], *, spacing: Sequence[float], roi_size: Sequence[int]
+) -> dict[str, list[float] | list[int]]:
+    """The grid that weights were trained on, since on another one they predict something else without a word.
+
+    Args:
+        weights: path of the checkpoint, or of several. ``run.json`` in the folder above the first one's says it.
+        spacing: millimetres of a voxel, where it does not.
+        roi_size: size of the crop, where it does not.
+
+    Returns:
+        ``spacing`` and ``roi_size``.
+
+    Raises:
+        ValueError: when ``run.json`` is there and cannot be read.
+    """
+    folder = checkpoint_paths(weights)[0].absolute().parent.parent
+    grid: dict[str, Any] = {"spacing": list(spacing), "roi_size": list(roi_size)}
+    if (folder / "run.json").is_file():
+        known = _read_settings(folder)
+        grid |= {name: known[name] for name in grid if name in known}
+        logger.info(f"spacing {grid['spacing']} mm and roi_size {grid['roi_size']}, as in {folder / 'run.json'}.")
+    return grid
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,10 @@ class Bundle:
         return files[0] if len(files) == 1 else str(files)
 
     def run(self, *workflows: str, cwd: Path = ROOT, **overrides: Any) -> subprocess.CompletedProcess[str]:
-        """`python -m monai.bundle run` of one or several configuration files."""
+        """`python -m monai.bundle run` of one or several configuration files; None leaves an id as it is there."""
         command = ["run", "training"] if "train" in workflows else ["run"]
-        return self.monai(*command, cwd=cwd, config_file=self.config(*workflows), **(self.small | overrides))
+        given = {name: value for name, value in (self.small | overrides).items() if value is not None}
+        return self.monai(*command, cwd=cwd, config_file=self.config(*workflows), **given)
 
     def monai(self, *words: str, cwd: Path = ROOT, **arguments: Any) -> subprocess.CompletedProcess[str]:
         """Any command of `python -m monai.bundle`."""

@@ -48,6 +48,8 @@ class TestTraining:
             "backbone": {"mmformer": "MMFormer", "rfnet": "RFNet", "m2ftrans": "M2FTrans"}[bundle.name.split("_")[1]],
             "class_names": list(spec.class_names),
             "regions": {name: list(classes) for name, classes in spec.regions.items()},
+            "spacing": bundle.small["spacing"],
+            "roi_size": bundle.small["roi_size"],
             "missing_rates": yaml.safe_load(Path(bundle.config("train")).read_text())["missing_rates"],
             "seed": 0,
             "objective": "passion",
@@ -109,7 +111,8 @@ class TestTraining:
 
 class TestEvaluation:
     def test_scores_every_combination(self, bundle: Any, trained: Path):
-        bundle.succeed("evaluate", output_dir=trained, keep_cases=1)
+        log = bundle.succeed("evaluate", output_dir=trained, keep_cases=1, spacing=None, roi_size=None)
+        assert f"spacing {bundle.small['spacing']} mm and roi_size {bundle.small['roi_size']}, as in" in log
         rows = read_csv(trained / "evaluation" / "scores.csv")
         datalist = json.loads((trained / "datalist.json").read_text())
         combinations = 2 ** len(datalist["modalities"]) - 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from passion_monai.datasets.phantom import write_phantom
-from passion_monai.evaluation.runs import method_name, write_run
+from passion_monai.evaluation.runs import method_name, trained_grid, write_run
 from passion_monai.presence import read_presence
 
 MODALITIES = ("flair", "t1")
@@ -43,6 +43,35 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     rows = read_presence(tmp_path / "presence.json", MODALITIES)
     assert list(rows) == ["001", "002"]
     np.testing.assert_array_equal(list(rows.values()), [[False, True], [True, False]])
+
+
+SETTINGS = {
+    **{"phantom": False, "dataset": "brats", "backbone": "RFNet", "class_names": ["background", "tumour"]},
+    **{"modalities": ["flair"], "regions": {"whole": [1]}, "missing_rates": None, "seed": 0, "objective": "passion"},
+    **{"modality_dropout": False, "lambda_pixel": 0.5, "lambda_prototype": 0.1},
+    **{"use_task_mask": True, "adaptive_beta": True, "epochs": 1},
+}
+BUNDLE_GRID: dict[str, Any] = {"spacing": (1.0, 1.0), "roi_size": (80, 80)}
+
+
+class TestTrainedGrid:
+    def test_is_what_the_training_of_the_weights_had(self, tmp_path: Path) -> None:
+        grid = {"spacing": [2.0, 2.0], "roi_size": [48, 48]}
+        (tmp_path / "run.json").write_text(json.dumps(SETTINGS | grid), encoding="utf-8")
+        weights = tmp_path / "models" / "model.pt"
+        assert trained_grid(weights, **BUNDLE_GRID) == grid
+        assert trained_grid([weights, "elsewhere/models/model.pt"], **BUNDLE_GRID) == grid
+
+    def test_is_the_bundles_where_nothing_is_known(self, tmp_path: Path) -> None:
+        expected = {"spacing": [1.0, 1.0], "roi_size": [80, 80]}
+        assert trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID) == expected
+        (tmp_path / "run.json").write_text(json.dumps(SETTINGS), encoding="utf-8")  # of an earlier version
+        assert trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID) == expected
+
+    def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "run.json").write_text("{", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"run\.json cannot be read as JSON"):
+            trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID)
 
 
 PASSION = {
