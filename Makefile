@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments install fix lint type test test-all bundles check-bundles weights dist-bundles check clean
+.PHONY: help demo experiments install fix lint type test test-all bundles check-bundles weights weights-real dist-bundles check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,11 @@ check-bundles: $(VENV)/.dev  ## Check that the bundles' configs match their frag
 
 weights: $(VENV)/.dev  ## Train the bundles' small weights on the phantom, into dist/
 	$(BIN)/python bundles/pack.py weights
+
+weights-real: $(VENV)/.demo $(VENV)-snakemake/.done  ## Train and cross-validate weights on the cases in DATASET_DIR; a night on a CPU
+	OMP_NUM_THREADS=1 $(VENV)-snakemake/bin/snakemake -s experiments/Snakefile --cores 1 \
+		--config scale=real dataset_dir=$(DATASET_DIR) -- weights
+	$(BIN)/python bundles/build.py
 
 dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
 	$(BIN)/python bundles/pack.py zip

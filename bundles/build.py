@@ -1,9 +1,9 @@
 """Makes the files of all bundles from what they share: `python bundles/build.py [--check]`.
 
 A bundle is a folder `<data set>_<backbone>_passion` with a `bundle.yaml`. Its `configs/*.yaml` are fragments of YAML,
-put one after the other; its metadata and README are filled in from `_shared/documents/` and from what the data set's
-file in the package says. With --check nothing is written, and the exit code is 1 when a committed file is not what it
-should be.
+put one after the other; its metadata and README are filled in from `_shared/documents/`, from what the data set's
+file in the package says and, where it has weights trained on patients, from its `weights.json`. With --check nothing is
+written, and the exit code is 1 when a committed file is not what it should be.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from string import Template
 from typing import Any
 
 import yaml
+from card import model_card
 
 from passion_monai import __version__
 from passion_monai.datasets import DatasetSpec, get_spec
@@ -132,6 +133,8 @@ def _facts(bundle: Path, *, phantom: bool) -> dict[str, Any]:
     facts["release"] = f"{__version__}-phantom"
     facts["version"] = facts["release"] if phantom else __version__
     facts["phantom"] = phantom
+    facts["weights"] = None if phantom else _json(bundle / "weights.json")
+    facts["expected"] = None if phantom else _json(bundle / "evaluation" / "expected_scores.json")
     facts["method_reference"] = (
         "J. Shi et al., PASSION: Towards Effective Incomplete Multi-Modal Medical Image Segmentation with Imbalanced "
         "Missing Rates, ACM MM 2024, https://doi.org/10.1145/3664647.3681543"
@@ -148,7 +151,7 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The content of metadata.json, in the terms of MONAI's schema."""
     spec: DatasetSpec = facts["spec"]
     versions = _pinned_versions()
-    weights = "trained on the PHANTOM cohort, not on patients" if facts["phantom"] else "not included"
+    weights = _weights_in_brief(facts)
     return {
         "schema": "https://project-monai.github.io/schema/meta_schema_20240725.json",
         "version": facts["version"],
@@ -187,6 +190,16 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _weights_in_brief(facts: Mapping[str, Any]) -> str:
+    if facts["phantom"]:
+        return "trained on the PHANTOM cohort, not on patients"
+    return f"trained on {len(facts['weights']['cases'])} patients" if facts["weights"] else "not included"
+
+
 def _tensor(facts: Mapping[str, Any], tensor_format: str, channels: tuple[str, ...]) -> dict[str, Any]:
     return {
         "type": "image",
@@ -207,24 +220,30 @@ def _pinned_versions() -> dict[str, str]:
 
 def _readme(facts: Mapping[str, Any]) -> str:
     spec: DatasetSpec = facts["spec"]
-    weights = (
-        "**The weights were trained on the PHANTOM cohort: simulated images, a small network on a coarse grid. They "
-        "show\nhow everything works, and are of no use for patients.**"
-        if facts["phantom"]
-        else "The repository has no weights; a release's zip has small ones, trained on the phantom by `make weights`."
-    )
     derived = {
         "num_modalities": len(spec.modalities),
         "num_classes": len(spec.class_names),
         "modalities": ", ".join(spec.modalities),
         "classes": ", ".join(spec.class_names),
-        "weights_text": weights,
+        "weights_text": _weights_text(facts),
+        "card_text": model_card(facts),
         "input_shape": str([1, len(spec.modalities), *facts["roi_size"]]).replace(" ", ""),
         "paper_text": _paper_text(facts),
         "scores_text": _scores_text(facts["name"]),
     }
     template = Template((DOCUMENTS / "README.md").read_text(encoding="utf-8"))
     return template.substitute(facts, **derived)
+
+
+def _weights_text(facts: Mapping[str, Any]) -> str:
+    if facts["phantom"]:
+        return (
+            "**The weights were trained on the PHANTOM cohort: simulated images, a small network on a coarse grid. "
+            "They show\nhow everything works, and are of no use for patients.**"
+        )
+    if facts["weights"]:
+        return f"`models/model.pt` was trained on {len(facts['weights']['cases'])} patients; see the model card below."
+    return "The repository has no weights; a release's zip has small ones, trained on the phantom by `make weights`."
 
 
 def _paper_text(facts: Mapping[str, Any]) -> str:

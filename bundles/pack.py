@@ -3,6 +3,9 @@
 `weights` trains the small variant of each bundle on its phantom cohort, in `dist/<bundle>/`, and scores it. `zip` packs
 the folders that have weights, with a JSON twin of every configuration (`monai.bundle.load` reads only those) and the
 package itself as a wheel, into `dist/<bundle>_v<version>.zip`.
+
+`real BUNDLE --run RUN --folds RUN ...` puts weights that were trained on patients into the bundle itself, with the
+scores of a cross-validation of the same training; `make weights-real` calls it.
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from build import PHANTOM_SCORES, ROOT, bundle_files, bundle_folders
 from monai.bundle import ConfigParser
+
+from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
+from passion_monai.evaluation.runs import pooled_scores, read_runs
 
 DIST = ROOT.parent / "dist"
 # Enough for the curves to flatten. The paper's settings are for weeks of training on real data.
@@ -56,6 +63,21 @@ def train_weights(source: Path) -> None:
     shutil.copy(run_dir / "models" / "model.pt", bundle / "models" / "model.pt")
 
 
+def put_weights(source: Path, run: Path, folds: Sequence[Path]) -> None:
+    """Put the weights of a training on patients into a bundle, and the scores that its cross-validation had."""
+    runs = read_runs([str(fold) for fold in folds])
+    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    cases = json.loads((run / "presence.json").read_text(encoding="utf-8"))["cases"]
+    weights, scores = source / "models" / "model.pt", pooled_scores(runs)
+    weights.parent.mkdir(exist_ok=True)
+    shutil.copy(run / "models" / "model.pt", weights)
+    shutil.copy(run / "run.json", source)
+    data = f"Cross-validation in {len(runs)} folds on {scores['case'].nunique()} cases, by trainings of the same kind"
+    write_expected_scores(source / "evaluation" / FILE_NAME, scores, weights_sha256=checksum(weights), data=data)
+    card = settings | {"cases": sorted(cases), "sha256": checksum(weights)}
+    (source / "weights.json").write_text(json.dumps(card, indent=4) + "\n", encoding="utf-8")
+
+
 def pack(source: Path, wheel: Path) -> Path:
     """Zip the small variant of a bundle; its folder must have the weights.
 
@@ -87,13 +109,18 @@ def build_wheel() -> Path:
 def main() -> None:
     """Train weights, or pack what has weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("weights", "zip"))
+    parser.add_argument("action", choices=("weights", "zip", "real"))
     parser.add_argument("bundles", nargs="*", help="names of the bundles, all of them by default")
+    parser.add_argument("--run", type=Path, help="real: the training")
+    parser.add_argument("--folds", type=Path, nargs="+", help="real: the evaluated folds of the cross-validation")
     arguments = parser.parse_args()
     sources = [folder for folder in bundle_folders() if folder.name in arguments.bundles or not arguments.bundles]
     if arguments.action == "weights":
         for source in sources:
             train_weights(source)
+    elif arguments.action == "real":
+        (source,) = sources
+        put_weights(source, arguments.run, arguments.folds)
     else:
         wheel = build_wheel()
         for source in sources:

@@ -90,7 +90,9 @@ def test_there_is_a_missing_rate_for_each_modality(scale: str):
 @functools.cache
 def functions(scale: str) -> dict[str, Any]:
     """What the workflow computes in Python, without what is snakemake's own."""
-    python = re.sub(r"(?m)^(rule \w+|localrules|wildcard_constraints):\n(( .*)?\n)+", "", SNAKEFILE)
+    python = re.sub(
+        r"(?m)^(rule \w+|use rule \w+ as \w+ with|localrules|wildcard_constraints):\n(( .*)?\n)+", "", SNAKEFILE
+    )
     names: dict[str, Any] = {"workflow": SimpleNamespace(basedir=EXPERIMENTS), "config": {"scale": scale}}
     exec(compile(python, "Snakefile", "exec"), names)
     return names
@@ -121,3 +123,29 @@ def test_a_command_sets_ids_of_its_workflow(workflow: str):
     assert {*re.findall(r"--(\w+)", rule)} - {"config_file"} <= ids("brats", "mmformer", workflow)
     assert f'config_files("{workflow}")' in rule
     assert ("--resume True" in rule) == (workflow == "train")  # what was stopped goes on
+
+
+class TestWeights:
+    @pytest.fixture
+    def training(self) -> Any:
+        return SimpleNamespace(cohort="brats", backbone="rfnet", use="length")
+
+    def test_the_length_of_the_training_on_all_cases_is_that_of_the_first_ones_best_validation(self, tmp_path: Path):
+        log = tmp_path / "training.csv"
+        log.write_text("epoch,val_mean_dice\n33,\n34,0.4\n68,0.6\n102,0.5\n", encoding="utf-8")
+        assert functions("real")["best_epoch"](log) == 68
+
+    def test_the_first_is_validated_and_the_second_as_long_as_it_gained(self, training: Any):
+        settings = functions("real")["weights_settings"]
+        asked = SCALES["real"]["weights"]["brats_rfnet"]
+        first = settings(training, None)
+        assert f"--epochs {asked['epochs']} --val_interval {asked['val_interval']}" in first
+        training.use = "all"
+        second = settings(training, SimpleNamespace(epochs="some/epochs.txt"))
+        assert second.endswith("--epochs $(cat some/epochs.txt)")
+        assert second.count("--epochs") == 1
+
+    def test_scores_are_of_a_cross_validation_with_the_same_settings(self, training: Any):
+        folds = functions("real")["folds_of_weights"](SimpleNamespace(bundle="brats_rfnet"))
+        assert len(folds) == SCALES["real"]["cohorts"]["brats"]["folds"]
+        assert set(folds) <= set(functions("real")["runs"]("main"))

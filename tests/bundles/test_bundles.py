@@ -59,7 +59,9 @@ class TestTraining:
             "use_task_mask": True,
             "adaptive_beta": True,
             "epochs": 3,
+            "batch_size": 1,
             "learning_rate": 2e-4,
+            "precision": "float32",
         }
 
     @pytest.mark.two_bundles

@@ -8,23 +8,29 @@ import csv
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from monai.bundle import create_workflow, load
 from monai.data import load_net_with_metadata
 from monai_command import printed
+
+from passion_monai.evaluation.expected import read_expected_scores
+from passion_monai.presence import write_presence
 
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
 
@@ -204,6 +210,54 @@ def test_packing_without_weights_says_what_to_do(
     monkeypatch.setattr(pack, "DIST", tmp_path)
     with pytest.raises(FileNotFoundError, match="make weights"):
         pack.pack(one_bundle.folder, tmp_path / "package.whl")
+
+
+def make_run(folder: Path, seed: int, cases: Sequence[str]) -> Path:
+    """What is left of a training with an evaluation, as far as weights for everybody are made of it."""
+    (folder / "models").mkdir(parents=True)
+    (folder / "models" / "model.pt").write_bytes(b"weights")
+    (folder / "evaluation").mkdir()
+    settings = {
+        **{"bundle": "brats_rfnet_passion", "modalities": ["flair", "t1ce", "t1", "t2"], "phantom": False},
+        **{"dataset": "brats", "backbone": "RFNet", "class_names": ["background", "tumour"], "regions": {"WT": [1]}},
+        **{"spacing": [2.0] * 3, "roi_size": [48] * 3, "missing_rates": [0.6, 0.4, 0.2, 0.8], "seed": seed},
+        **{"objective": "passion", "modality_dropout": False, "lambda_pixel": 0.5, "lambda_prototype": 0.1},
+        **{"use_task_mask": True, "adaptive_beta": True, "epochs": 100, "batch_size": 1, "learning_rate": 1e-3},
+        "precision": "bfloat16",
+    }
+    (folder / "run.json").write_text(json.dumps(settings))
+    write_presence(
+        folder / "presence.json", list(cases), np.ones((len(cases), 4), bool), modalities=settings["modalities"]
+    )
+    scores = pd.DataFrame(
+        {"case": cases, "combination": "flair", "region": "WT", "dice": np.linspace(0.5, 0.6, len(cases))}
+    )
+    numbers = ("hd95_mm", "hd95_brats", "hd95_released", "assd_mm", "prediction_ml", "label_ml")
+    scores.assign(**dict.fromkeys(numbers, 4.0)).to_csv(folder / "evaluation" / "scores.csv", index=False)
+    return folder
+
+
+def test_weights_of_patients_get_a_model_card_and_tell_the_scores_of_their_cross_validation(
+    pack: ModuleType, tmp_path: Path
+):
+    source = tmp_path / "brats_rfnet_passion"
+    source.mkdir()
+    shutil.copy(Path(pack.ROOT) / source.name / "bundle.yaml", source)
+    folds = [make_run(tmp_path / f"fold{seed}", seed, [f"{seed}a", f"{seed}b"]) for seed in range(2)]
+    run = make_run(tmp_path / "all", 0, ["0a", "0b", "1a", "1b"])
+    pack.put_weights(source, run, folds)
+    expected = read_expected_scores(source / "models" / "model.pt")
+    assert expected is not None
+    assert expected["combinations"]["flair"]["WT"]["dice"]["mean"] == 0.55
+    assert expected["combinations"]["flair"]["WT"]["dice"]["cases"] == 4
+    made = dict(pack.bundle_files(source))
+    card = made["docs/README.md"]
+    assert "4 cases: 0a, 0b, 1a, 1b." in card
+    assert "400 steps of 1 crop, 48 x 48 x 48 voxels of 2 x 2 x 2 mm" in card
+    assert "CC BY 4.0" in card
+    assert "Cross-validation in 2 folds on 4 cases" in card
+    assert re.search(r"\| flair \| 55 \[\d+, \d+\] \| 4 \|", card)
+    assert "trained on 4 patients" in json.loads(made["configs/metadata.json"])["description"]
 
 
 @pytest.mark.two_bundles

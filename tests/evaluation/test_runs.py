@@ -46,10 +46,21 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
 
 
 SETTINGS = {
-    **{"phantom": False, "dataset": "brats", "backbone": "RFNet", "class_names": ["background", "tumour"]},
-    **{"modalities": ["flair"], "regions": {"whole": [1]}, "missing_rates": None, "seed": 0, "objective": "passion"},
-    **{"modality_dropout": False, "lambda_pixel": 0.5, "lambda_prototype": 0.1},
-    **{"use_task_mask": True, "adaptive_beta": True, "epochs": 1},
+    "phantom": False,
+    "dataset": "brats",
+    "backbone": "RFNet",
+    "class_names": ["background", "tumour"],
+    "modalities": ["flair"],
+    "regions": {"whole": [1]},
+    "missing_rates": None,
+    "seed": 0,
+    "objective": "passion",
+    "modality_dropout": False,
+    "lambda_pixel": 0.5,
+    "lambda_prototype": 0.1,
+    "use_task_mask": True,
+    "adaptive_beta": True,
+    "epochs": 1,
 }
 BUNDLE_GRID: dict[str, Any] = {"spacing": (1.0, 1.0), "roi_size": (80, 80)}
 
