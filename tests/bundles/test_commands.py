@@ -218,11 +218,26 @@ def make_run(folder: Path, seed: int, cases: Sequence[str]) -> Path:
     (folder / "models" / "model.pt").write_bytes(b"weights")
     (folder / "evaluation").mkdir()
     settings = {
-        **{"bundle": "brats_rfnet_passion", "modalities": ["flair", "t1ce", "t1", "t2"], "phantom": False},
-        **{"dataset": "brats", "backbone": "RFNet", "class_names": ["background", "tumour"], "regions": {"WT": [1]}},
-        **{"spacing": [2.0] * 3, "roi_size": [48] * 3, "missing_rates": [0.6, 0.4, 0.2, 0.8], "seed": seed},
-        **{"objective": "passion", "modality_dropout": False, "lambda_pixel": 0.5, "lambda_prototype": 0.1},
-        **{"use_task_mask": True, "adaptive_beta": True, "epochs": 100, "batch_size": 1, "learning_rate": 1e-3},
+        "bundle": "brats_rfnet_passion",
+        "modalities": ["flair", "t1ce", "t1", "t2"],
+        "phantom": False,
+        "dataset": "brats",
+        "backbone": "RFNet",
+        "class_names": ["background", "tumour"],
+        "regions": {"WT": [1]},
+        "spacing": [2.0] * 3,
+        "roi_size": [48] * 3,
+        "missing_rates": [0.6, 0.4, 0.2, 0.8],
+        "seed": seed,
+        "objective": "passion",
+        "modality_dropout": False,
+        "lambda_pixel": 0.5,
+        "lambda_prototype": 0.1,
+        "use_task_mask": True,
+        "adaptive_beta": True,
+        "epochs": 100,
+        "batch_size": 1,
+        "learning_rate": 1e-3,
         "precision": "bfloat16",
     }
     (folder / "run.json").write_text(json.dumps(settings))
