@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from passion_monai.devices import send
-from passion_monai.distillation import DistillationOutput
 from passion_monai.losses import PassionLoss
 from passion_monai.losses.segmentation import modality_regularisation
 from passion_monai.networks import Backbone
+from passion_monai.passes import DistillationOutput
 from passion_monai.precision import autocast
 from passion_monai.preference import relative_preference, task_mask
 

@@ -8,7 +8,7 @@ same decoder given one modality alone is that modality's student; a modality's o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from passion_monai.devices import read_back
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, select_rows
+from passion_monai.passes import DistillationOutput
 from passion_monai.precision import autocast
 from passion_monai.preference import relative_preference, task_mask
 
@@ -24,35 +25,6 @@ __all__ = ["DistillationOutput", "SelfDistillation"]
 
 STUDENTS = ("none", "measured", "trained")
 OWN_PREDICTIONS = ("none", "all", "neglected")
-
-
-class DistillationOutput(NamedTuple):
-    """The passes of one training step.
-
-    Attributes:
-        presence: bool [B, M], in the CPU's memory, since it decides what is computed.
-        fused: the teacher, from all modalities that a sample has.
-        students: M outputs of the same decoder given one modality alone, each on the samples that `student_rows`
-            selects; None where there is no such sample or students were not asked for.
-        own_predictions: M logits by the shared decoder, each on the samples that `own_rows` selects; None where there
-            is no such sample.
-        own_rows: samples that have an own prediction of each modality, bool [B, M], in the CPU's memory.
-    """
-
-    presence: Tensor
-    fused: DecoderOutput
-    students: tuple[DecoderOutput | None, ...]
-    own_predictions: tuple[Tensor | None, ...]
-    own_rows: Tensor
-
-    @property
-    def student_rows(self) -> Tensor:
-        """Samples that have a student of each modality, bool [B, M].
-
-        A sample with one modality has none: its student is the teacher itself, so that its distillation losses and
-        its gap are exactly 0, with dropout too.
-        """
-        return self.presence & (self.presence.sum(dim=1, keepdim=True) > 1)
 
 
 class SelfDistillation(nn.Module):

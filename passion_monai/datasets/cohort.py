@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.datalist import (
     apply_presence,
@@ -24,11 +22,9 @@ from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence
 from passion_monai.transforms import LoadCased
 
-__all__ = ["inference_cases", "is_phantom", "prepare_datalist", "training_cases", "validation_cases"]
+__all__ = ["inference_cases", "prepare_datalist", "training_cases", "validation_cases"]
 
 logger = logging.getLogger(__name__)
-PHANTOM_MARK = "PHANTOM, not a patient"
-"""Stands in the header of every image of a phantom cohort."""
 
 Case = dict[str, Any]
 
@@ -212,15 +208,6 @@ def _phantom(dataset: str, output_dir: str, phantom: Mapping[str, Any]) -> Path:
 
     write_phantom(dataset, folder, **phantom)
     return folder
-
-
-def is_phantom(path: str | Path) -> bool:
-    """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
-    path = Path(path)
-    if not path.name.lower().endswith(".nii.gz"):
-        return False
-    image: Any = nib.load(path)
-    return PHANTOM_MARK.encode() in image.header["descrip"].item()
 
 
 def _check_root(datalist: Path, root: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from passion_monai.datasets.brain_phantom import brain_phantom
 from passion_monai.datasets.cardiac_phantom import cardiac_phantom, draw_slices
-from passion_monai.datasets.cohort import PHANTOM_MARK
+from passion_monai.datasets.phantom_mark import PHANTOM_MARK
 
 __all__ = ["write_phantom"]
 

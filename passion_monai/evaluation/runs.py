@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passion_monai.datasets.cohort import is_phantom
 from passion_monai.datasets.datalist import datalist_presence
+from passion_monai.datasets.phantom_mark import is_phantom
 from passion_monai.files import complete_file
 from passion_monai.networks.checkpoints import checkpoint_paths
 from passion_monai.presence import combination_name, combinations, read_presence, write_presence

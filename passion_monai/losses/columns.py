@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from passion_monai.devices import send
 from passion_monai.networks.base import DecoderOutput
-
-if TYPE_CHECKING:
-    from passion_monai.distillation import DistillationOutput
+from passion_monai.passes import DistillationOutput
 
 __all__ = ["stack_columns", "student_columns"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,8 @@ from passion_monai.devices import send
 from passion_monai.losses.pixel import PixelDistillationLoss
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.losses.segmentation import SegmentationLoss, absent_as_nan, modality_regularisation
+from passion_monai.passes import DistillationOutput
 from passion_monai.preference import relative_preference, task_mask
-
-if TYPE_CHECKING:
-    from passion_monai.distillation import DistillationOutput
 
 __all__ = ["PassionLoss"]
 
@@ -119,7 +116,7 @@ class PassionLoss(nn.Module):
         - beta is updated by :meth:`passion_monai.handlers.PreferenceHandler.released`.
 
         Differs from the reference: a sample with one modality runs no student, see
-        :class:`passion_monai.distillation.DistillationOutput`; with dropout theirs differs from its teacher by noise.
+        :class:`passion_monai.passes.DistillationOutput`; with dropout theirs differs from its teacher by noise.
 
         Args:
             num_modalities: M.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from passion_monai.losses.columns import student_columns
 from passion_monai.networks.base import DecoderOutput, select_rows
 from passion_monai.networks.blocks import upsample_logits
+from passion_monai.passes import DistillationOutput
 from passion_monai.precision import at_least_float32
-
-if TYPE_CHECKING:
-    from passion_monai.distillation import DistillationOutput
 
 __all__ = ["PixelDistillationLoss"]
 

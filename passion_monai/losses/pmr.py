@@ -7,8 +7,6 @@ segmentation, so the rule here is this project's own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +15,7 @@ from passion_monai.losses.columns import student_columns
 from passion_monai.losses.prototype import class_prototypes, flat_features, one_hot_label
 from passion_monai.losses.segmentation import TaskLoss, absent_as_nan
 from passion_monai.networks.base import DecoderOutput, select_rows
-
-if TYPE_CHECKING:
-    from passion_monai.distillation import DistillationOutput
+from passion_monai.passes import DistillationOutput
 
 __all__ = ["PMRLoss"]
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passion_monai.losses.columns import student_columns
 from passion_monai.networks.base import select_rows
+from passion_monai.passes import DistillationOutput
 from passion_monai.precision import at_least_float32
-
-if TYPE_CHECKING:
-    from passion_monai.distillation import DistillationOutput
 
 EPS = 1e-5
 """Least norm of a feature and of a prototype, as in the authors' code; a cosine's gradient is at most its inverse."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,9 @@ from passion_monai.losses.columns import stack_columns
 from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.networks.base import DecoderOutput, select_rows
 from passion_monai.networks.blocks import upsample_logits
+from passion_monai.passes import DistillationOutput
 from passion_monai.precision import at_least_float32
 from passion_monai.preference import relative_preference
-
-if TYPE_CHECKING:
-    from passion_monai.distillation import DistillationOutput
 
 SMOOTHING = 1e-7
 """Added to the denominator of Dice."""

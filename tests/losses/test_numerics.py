@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from passion_monai.distillation import DistillationOutput
 from passion_monai.losses import (
     DiceWeightedCELoss,
     PassionLoss,
@@ -21,6 +20,7 @@ from passion_monai.losses import (
     pmr,
 )
 from passion_monai.networks.base import DecoderOutput
+from passion_monai.passes import DistillationOutput
 
 M, K, C, SIZE = 3, 3, 4, 4
 PRESENCE = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passion_monai.distillation import DistillationOutput, SelfDistillation
+from passion_monai.distillation import SelfDistillation
 from passion_monai.losses import PassionLoss, PixelDistillationLoss, PrototypeDistillationLoss, SegmentationLoss
 from passion_monai.networks import MMFormer
 from passion_monai.networks.base import DecoderOutput
+from passion_monai.passes import DistillationOutput
 from passion_monai.preference import relative_preference, task_mask
 
 PRESENCE = torch.tensor([[True, True, True], [False, True, True], [False, False, True]])

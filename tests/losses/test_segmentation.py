@@ -6,10 +6,11 @@ from monai.losses import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from passion_monai.distillation import DistillationOutput, SelfDistillation
+from passion_monai.distillation import SelfDistillation
 from passion_monai.losses import DiceWeightedCELoss, PassionLoss, SegmentationLoss, TaskLoss
 from passion_monai.networks import MMFormer
 from passion_monai.networks.base import DecoderOutput
+from passion_monai.passes import DistillationOutput
 
 SHAPES = [(4, 6), (3, 4, 5)]
 

@@ -1,0 +1,22 @@
+"""How a phantom's files say that they are no patient's, without what phantoms are made with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+
+__all__ = ["PHANTOM_MARK", "is_phantom"]
+
+PHANTOM_MARK = "PHANTOM, not a patient"
+"""Stands in the header of every image of a phantom cohort."""
+
+
+def is_phantom(path: str | Path) -> bool:
+    """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
+    path = Path(path)
+    if not path.name.lower().endswith(".nii.gz"):
+        return False
+    image: Any = nib.load(path)
+    return PHANTOM_MARK.encode() in image.header["descrip"].item()

@@ -1,0 +1,32 @@
+"""How the modules of the package build on each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "passion_monai"
+MODULES = {
+    ".".join([PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of the package that a module names, for types and within functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            yield from {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES) or {node.module}
+
+
+def test_no_module_needs_itself_in_a_roundabout_way():
+    graph = {name: {*imported(path)} for name, path in MODULES.items()}
+    assert graph["passion_monai.losses.pixel"] >= {"passion_monai.passes", "passion_monai.losses.columns"}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
