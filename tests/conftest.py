@@ -49,12 +49,12 @@ def make_case(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         modalities: tuple[str, ...] = MODALITIES,
         *,
         shape: tuple[int, ...] = (12, 14, 10),
-        spacing: float = 1.0,
+        spacing: float | tuple[float, ...] = 1.0,
         label: bool = True,
     ) -> dict[str, Any]:
         folder = tmp_path / name
         folder.mkdir()
-        affine = np.diag([-spacing, -spacing, spacing, 1.0])
+        affine = np.diag([*np.broadcast_to(spacing, 3) * [-1, -1, 1], 1.0])
         affine[:3, 3] = 5.0, -3.0, 2.0
         rng = np.random.default_rng(len(name))
         inside = np.zeros(shape, dtype=bool)

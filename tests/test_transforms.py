@@ -303,6 +303,18 @@ class TestRestoreClassesd:
         assert "confidence" not in plain
         assert torch.equal(plain["pred"].as_tensor(), result["pred"].as_tensor())
 
+    def test_probabilities_between_two_voxels_are_between_theirs(self, make_case: MakeCase):
+        """A sure class wins against a doubtful one nearer by: the boundary is not half way between the voxels."""
+        data = pipeline(2.0)(make_case(shape=(24, 24, 24)))
+        shape = data["image"].shape[1:]
+        probabilities = torch.zeros(3, *shape)
+        probabilities[1], probabilities[0] = 0.4, 0.6
+        probabilities[1, : shape[0] // 2], probabilities[0, : shape[0] // 2] = 1, 0
+        restored = RestoreClassesd(probabilities_key="p")(data | {"pred": probabilities})["p"].as_tensor()
+        middle = restored[1, :, 12, 12]
+        # By nearest neighbours there would be nothing but 0 beyond the brain, 0.4 and 1.
+        assert ((middle > 0.45) & (middle < 0.95)).any()
+
     def test_confidence_on_another_grid_is_one_where_the_network_was_sure(self, make_case: MakeCase):
         data = pipeline(2.0)(make_case(shape=(24, 24, 24)))
         probabilities = torch.zeros(3, *data["image"].shape[1:])
@@ -344,15 +356,17 @@ class TestSaveSegmentationd:
     def save(self, case: dict[str, Any], folder: Path, **settings: Any) -> None:
         data = pipeline()(case)
         data = RestoreClassesd()(data | {"pred": one_hot_probabilities(data["image"][:1].round().clamp(0, 2))})
-        regions = {"whole": (1, 2), "core": (2,)}
-        SaveSegmentationd(
+        self.writer(folder, **settings)(data)
+
+    def writer(self, folder: Path, **settings: Any) -> SaveSegmentationd:
+        return SaveSegmentationd(
             output_dir=folder,
             modalities=MODALITIES,
             values=VALUES,
             class_names=("none", "edge", "core"),
-            regions=regions,
+            regions={"whole": (1, 2), "core": (2,)},
             **settings,
-        )(data)
+        )
 
     def test_writes_label_values_on_the_grid_of_the_input(self, make_case: MakeCase, tmp_path: Path):
         case = make_case(modalities=("b", "c"), spacing=2.0)
@@ -374,6 +388,24 @@ class TestSaveSegmentationd:
         written = np.asarray(nib.load(tmp_path / "out" / "case1_seg.nii.gz").dataobj)
         assert record["region_volumes_ml"]["whole"] == pytest.approx((written > 0).sum() * 8 / 1000, abs=1e-3)
         assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+    def test_volumes_are_those_of_voxels_with_three_different_edges(self, make_case: MakeCase, tmp_path: Path):
+        case = make_case(spacing=(1.0, 2.0, 4.0))
+        data = pipeline()(case)
+        classes = torch.zeros(1, 12, 14, 10, dtype=torch.int16)
+        classes[0, 2:5, 3:5, 1] = 2
+        affine = torch.from_numpy(nib.load(case["a"]).affine)
+        self.writer(tmp_path)(data | {"pred": MetaTensor(classes, affine=affine)})
+        record = json.loads((tmp_path / "case1_seg.json").read_text())
+        assert record["region_volumes_ml"] == {"whole": 0.048, "core": 0.048}  # 6 voxels of 8 mm3
+
+    def test_writes_the_label_values_that_the_case_brings(self, make_case: MakeCase, tmp_path: Path):
+        values = {"label_values": [0, 2, 3]}
+        self.save(make_case(label=False) | values, tmp_path)
+        written = np.asarray(nib.load(tmp_path / "case1_seg.nii.gz").dataobj)
+        assert set(np.unique(written)) == {0, 2, 3}
+        record = json.loads((tmp_path / "case1_seg.json").read_text())
+        assert record["labels"] == {"none": 0, "edge": 2, "core": 3}
 
     def test_tells_the_scores_of_the_case_s_combination(self, make_case: MakeCase, tmp_path: Path):
         scores = {"data": "two cases", "combinations": {"b+c": {"whole": {"dice": 0.5}}, "b": {"whole": {"dice": 0.1}}}}

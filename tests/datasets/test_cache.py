@@ -118,6 +118,15 @@ def test_what_changes_is_made_anew(cases: list[dict[str, Any]], tmp_path: Path, 
     assert ("y" in dataset[0]) == (change != "case")
 
 
+def test_another_version_of_the_package_makes_all_anew(
+    cases: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(cases, tmp_path)
+    monkeypatch.setattr("passion_monai.datasets.cache.__version__", "another")
+    make_dataset(cases, tmp_path)
+    assert loads(tmp_path) == ["a", "a", "b", "b"]
+
+
 def test_ranks_share_the_work(cases: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)

@@ -507,3 +507,26 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     evaluate_some(Path(sys.argv[1]), sleep_at=2)
+
+
+def turned(angle: float) -> torch.Tensor:
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return torch.tensor([[cosine, -sine, 0, 0], [sine, cosine, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+# Columns are the axes of the array: 2, 1 and 4 mm, wherever they point to.
+PERMUTED = torch.tensor([[0, 0, -4.0, 7], [2.0, 0, 0, 5], [0, 1.0, 0, 3], [0, 0, 0, 1]])
+OBLIQUE = turned(0.5) @ AFFINE
+
+
+@pytest.mark.parametrize("affine", [AFFINE, PERMUTED, OBLIQUE], ids=["straight", "permuted", "oblique"])
+def test_distances_are_along_the_axes_of_the_array_wherever_these_point(affine: torch.Tensor, tmp_path: Path) -> None:
+    (item,) = make_items((True, True))
+    item["image"].affine = item["label"].affine = affine
+    item["image"] = MetaTensor(item["image"].as_tensor().roll(1, dims=3), affine=affine)  # by one voxel of 4 mm
+    evaluator = make_evaluator([item], tmp_path)
+    evaluator.run()
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    right = scores[(scores["combination"] == "x") & (scores["region"] == "all")]
+    assert right["hd95_mm"].item() == pytest.approx(4.0, rel=1e-5)
+    assert right["label_ml"].item() == pytest.approx(8 * 8 / 1000, rel=1e-5)
