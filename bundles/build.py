@@ -1,7 +1,8 @@
 """Makes the files of all bundles from what they share: `python bundles/build.py [--check]`.
 
-A bundle is a folder `<data set>_<backbone>_passion` with a `bundle.yaml`. Its `configs/*.yaml` are fragments of YAML,
-put one after the other; its metadata and README are filled in from `_shared/documents/`, from what the data set's
+A bundle is a folder `<data set>_<backbone>_passion` with a `bundle.yaml`. Its `configs/*.yaml` are put together from
+fragments of YAML: the settings of all of them, then the pipeline, then the plumbing, as lines `# == pipeline` and `# ==
+plumbing` divide a fragment. Its metadata and README are filled in from `_shared/documents/`, from what the data set's
 file in the package says and, where it has weights trained on patients, from its `weights.json`. With --check nothing is
 written, and the exit code is 1 when a committed file is not what it should be.
 """
@@ -12,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -44,6 +45,14 @@ OVERLAYS = {
         "torchrun --nproc_per_node=8 -m monai.bundle run training --config_file \"['{train}','{path}']\"",
     ),
 }
+
+
+PARTS = {
+    "settings": "Settings",
+    "pipeline": "Pipeline",
+    "plumbing": "Plumbing: checks, records, what runs in which order",
+}
+PART_WIDTH = 108
 
 
 def bundle_folders() -> list[Path]:
@@ -93,7 +102,26 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
         if workflow != "train":
             texts[paths[1]] = _weights_grid(texts[paths[1]])
     _check_keys(texts)
-    return "\n".join([banner, *texts.values()])
+    return banner + "".join(_in_order([*texts.values()]))
+
+
+def _in_order(texts: Sequence[str]) -> Iterator[str]:
+    """The parts of all fragments: what one may want to set, then what is done, then what it needs besides."""
+    if len(texts) == 1:  # an overlay
+        yield f"\n{texts[0]}"
+        return
+    parts = [dict(_parts_of(text)) for text in texts]
+    for name, title in PARTS.items():
+        there = [part[name] for part in parts if part.get(name)]
+        if name == "pipeline":  # what is particular to the workflow stands before what it builds on
+            there.reverse()
+        yield f"\n# {'=' * 8} {title} {'=' * (PART_WIDTH - len(title))}\n\n" + "\n".join(there)
+
+
+def _parts_of(text: str) -> Iterator[tuple[str, str]]:
+    """Name and text of each part of a fragment; a line ``# == name`` begins one, and the first is the settings."""
+    names_and_texts = ["settings", *re.split(r"(?m)^# == (\w+)\n", text)]
+    yield from zip(names_and_texts[::2], names_and_texts[1::2], strict=True)
 
 
 def _weights_grid(grid: str) -> str:

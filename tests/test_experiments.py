@@ -17,6 +17,7 @@ import yaml
 from passion_monai.config import check_numbers
 from passion_monai.datasets import get_spec
 from passion_monai.evaluation.runs import method_name
+from passion_monai.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -64,7 +65,7 @@ def ids(cohort: str, backbone: str, workflow: str = "train") -> set[str]:
 def test_a_method_sets_ids_of_a_training_and_is_what_reports_call_it(method: str):
     training = config("brats", "mmformer")
     assert set(METHODS[method]) <= set(training)
-    assert METHODS[method]["objective"] in training["training_settings"]["objective"]["allowed"]
+    assert METHODS[method]["objective"] in OBJECTIVES
     assert method_name(training | METHODS[method]) == NAMES[method]
 
 

@@ -21,7 +21,7 @@ DETERMINISTIC: dict[str, Any] = {
     "optimizer::_target_": "torch.optim.SGD",
     "learning_rate": 1e-4,
     "network": "$@network_def.to(@device).double()",
-    "loss": "$@passion_loss.double()",
+    "loss": "$@objective_parts.loss.double()",
     "epochs": 1,
     "val_interval": 2,
     "train::random_transforms": [
