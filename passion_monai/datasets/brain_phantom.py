@@ -18,7 +18,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from scipy.special import expit
 
-from passion_monai.datasets.simulation import RELAXIVITY, Floats, Grid, Tissue, receive
+from passion_monai.datasets.mr_signal import RELAXIVITY, Floats, Grid, Tissue, receive
 
 __all__ = ["SEQUENCES", "brain_phantom"]
 

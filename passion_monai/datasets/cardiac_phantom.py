@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from passion_monai.datasets.simulation import RELAXIVITY, Floats, Grid, Tissue, receive
+from passion_monai.datasets.mr_signal import RELAXIVITY, Floats, Grid, Tissue, receive
 
 __all__ = ["cardiac_phantom", "draw_slices"]
 

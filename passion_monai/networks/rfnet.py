@@ -158,8 +158,7 @@ class RegionFusion(nn.Module):
         region_k = p_k * sum_m(weight_k,m * y_m)
 
     Half of the output is made of all regions, half of all modalities without weights. An absent modality adds nothing
-    to
-    a sum; the weights of the others are not renormalised.
+    to a sum; the weights of the others are not renormalised.
 
     Args:
         weight_channels: hidden channels of MLP_k.
@@ -167,8 +166,7 @@ class RegionFusion(nn.Module):
 
     Shape:
         - Input: features, of the present modalities by index [B, C, h, w(, d)]; what `fuse_modalities.project` gives
-          for
-          them, likewise; logits of the regions [B, K, h, w(, d)].
+          for them, likewise; logits of the regions [B, K, h, w(, d)].
         - Output: [B, C, h, w(, d)].
     """
 

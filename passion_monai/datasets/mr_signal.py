@@ -1,4 +1,4 @@
-"""What the simulations of phantoms share: tissues, smooth random fields on the voxels of a case, and the receiver."""
+"""The MR physics and the random fields that phantoms share: tissues, fields on the voxels of a case, the receiver."""
 
 from __future__ import annotations
 
