@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 
@@ -21,6 +22,20 @@ def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:
             yield from {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES) or {node.module}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (
+            "passion_monai.evaluation.metrics.CombinationDiceMetric",
+            "passion_monai.evaluation.dice.CombinationDiceMetric",
+        ),
+        ("passion_monai.distillation.DistillationOutput", "passion_monai.passes.DistillationOutput"),
+    ],
+)
+def test_what_configurations_name_is_found_where_it_was(before: str, now: str):
+    assert locate(before) is locate(now) is not None
 
 
 def test_no_module_needs_itself_in_a_roundabout_way():

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from passion_monai import __version__
 from passion_monai.evaluation.calibration import expected_calibration_error
-from passion_monai.evaluation.dice import check_masks, dice, region_masks
+from passion_monai.evaluation.dice import CombinationDiceMetric, check_masks, dice, region_masks
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
 from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.score_files import ScoreFiles
@@ -39,6 +39,7 @@ from passion_monai.presence import combination_name, combinations
 
 __all__ = [
     "EMPTY_DISTANCE",
+    "CombinationDiceMetric",  # at home in dice.py; configurations of before know it here
     "CombinationScores",
     "SurfaceDistances",
     "score_case",

@@ -170,8 +170,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], gr
 def _is_small(x: Tensor) -> bool:
     """Whether torch would not give a convolution of x to oneDNN but to its own kernel, which is five times slower.
 
-    On a CPU it does so for single samples with no more than 20480 values, not counting the last axis in 3-D, unless the
-    convolution has groups.
+    On a CPU torch 2.13 does so for single samples with no more than 20480 values, not counting the last axis in 3-D,
+    unless the convolution has groups. Where another release draws the line elsewhere, the numbers stay the same.
     """
     return x.device.type == "cpu" and x.dtype == torch.float32 and len(x) == 1 and math.prod(x.shape[1:4]) <= 20480
 
