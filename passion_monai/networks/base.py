@@ -92,7 +92,8 @@ class Backbone(nn.Module, ABC):
         num_modalities: M, the number of image channels.
         num_classes: K, background included.
         img_size: spatial size of the network's input (the training crop), an int or one per axis.
-        stride: how much smaller than the input the deepest level is; `img_size` must be its multiple.
+        stride: how much smaller than the input the deepest level is, along all axes or along each; `img_size` must be
+            its multiple.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -112,8 +113,17 @@ class Backbone(nn.Module, ABC):
     class_axes: ClassVar[Mapping[str, int]] = {r".*\.heads?\.(?:\d+\.)?(?:weight|bias)$": 0}
     """Parameters with one block per class along an axis."""
 
+    takes_any_size: ClassVar[bool] = False
+    """Whether images may be of another size than the one that the network was built for."""
+
     def __init__(
-        self, spatial_dims: int, num_modalities: int, num_classes: int, img_size: Sequence[int] | int, *, stride: int
+        self,
+        spatial_dims: int,
+        num_modalities: int,
+        num_classes: int,
+        img_size: Sequence[int] | int,
+        *,
+        stride: Sequence[int] | int,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -126,9 +136,9 @@ class Backbone(nn.Module, ABC):
         self.num_modalities = num_modalities
         self.num_classes = num_classes
         self.img_size = tuple(ensure_tuple_rep(img_size, spatial_dims))
-        self.stride = stride
-        if any(size % stride or size < 2 * stride for size in self.img_size):
-            raise ValueError(f"img_size must be multiples of {stride}, at least {2 * stride}, got {self.img_size}.")
+        self.strides = tuple(ensure_tuple_rep(stride, spatial_dims))
+        self.stride = max(self.strides)
+        self._check_size("img_size", self.img_size)
 
     @abstractmethod
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
@@ -199,11 +209,19 @@ class Backbone(nn.Module, ABC):
             presence = torch.ones(image.shape[:2], dtype=torch.bool)
         return self.decode(self.encode(image, presence), presence).logits
 
+    def _check_size(self, name: str, size: tuple[int, ...]) -> None:
+        least = tuple(2 * stride for stride in self.strides)
+        if any(length % stride or length < 2 * stride for length, stride in zip(size, self.strides, strict=True)):
+            stride, least = (values[0] if len({*values}) == 1 else values for values in (self.strides, least))
+            raise ValueError(f"{name} must be multiples of {stride}, at least {least}, got {size}.")
+
     def _checked_presence(self, image: Tensor, presence: Tensor) -> Tensor:
         if image.ndim != self.spatial_dims + 2 or image.shape[1] != self.num_modalities:
             axes = "H, W, D"[: 3 * self.spatial_dims - 2]
             raise ValueError(f"image must be [B, {self.num_modalities}, {axes}], got {tuple(image.shape)}.")
-        if tuple(image.shape[2:]) != self.img_size:
+        if self.takes_any_size:
+            self._check_size("the image's spatial size", tuple(image.shape[2:]))
+        elif tuple(image.shape[2:]) != self.img_size:
             raise ValueError(
                 f"image has spatial size {tuple(image.shape[2:])}, but the network was built for img_size "
                 f"{self.img_size}; use windows of that size or build it with another img_size."
