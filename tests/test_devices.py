@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 8, "num_heads": 2, "mlp_channels": 8},
     "rfnet": {"width": 4},
     "m2ftrans": {"width": 2, "num_heads": 2, "mlp_channels": 8},
+    "fusionunet": {"width": 4},
 }
 PRESENCE = torch.tensor([[True, True], [False, True]])
 M, K = 2, 2

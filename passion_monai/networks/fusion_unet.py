@@ -17,6 +17,7 @@ from typing import ClassVar, cast
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock, UnetUpBlock, get_conv_layer
+from monai.networks.nets import DynUNet
 from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
@@ -105,8 +106,9 @@ class FusionUNet(Backbone):
             UnetBasicBlock(spatial_dims, given, c, 1, 1, norm_name=NORM)
             for given, c in zip(inputs, channels, strict=True)
         )
-        self.decoder = UNetDecoder(*shape, num_classes=num_classes)
-        self.modality_decoder = UNetDecoder(*shape, num_classes=num_classes, deep_supervision=False)
+        self.decoder = SupervisedDecoder(*shape, num_classes=num_classes)
+        self.modality_decoder = SupervisedDecoder(*shape, num_classes=num_classes, deep_supervision=False)
+        self.apply(DynUNet.initialize_weights)
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
         """Features of every level, and how much each place of them is worth to the fusion, if that goes by gates."""
@@ -147,7 +149,7 @@ class FusionUNet(Backbone):
         return sum_maps([weight * x for weight, x in zip(weights, maps, strict=True)])
 
 
-class UNetDecoder(nn.Module):
+class SupervisedDecoder(nn.Module):
     """Decoder of a U-Net, with logits at every level but the deepest, or at the finest alone.
 
     Shape:

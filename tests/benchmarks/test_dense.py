@@ -12,6 +12,7 @@ SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 8, "num_heads": 2, "mlp_channels": 8, "dropout_rate": 0},
     "rfnet": {"width": 4},
     "m2ftrans": {"width": 2, "num_heads": 2, "mlp_channels": 8, "dropout_rate": 0},
+    "fusionunet": {"width": 4},
 }
 PRESENCE = torch.tensor([[True, True, False], [True, True, True], [False, True, False]])
 

@@ -28,6 +28,7 @@ SMALL_NETWORKS: dict[str, dict[str, Any]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32},
     "rfnet": {"width": 4},
     "m2ftrans": {"width": 2, "num_heads": 2, "mlp_channels": 32},
+    "fusionunet": {"width": 4},
 }
 
 

@@ -22,6 +22,7 @@ from monai.bundle import ConfigWorkflow
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.phantom import write_phantom
 from passion_monai.evaluation.kept_maps import read_kept_case
+from passion_monai.networks import BACKBONES
 from passion_monai.presence import missing_rates
 
 WORKFLOW_TYPES = {"train": "train", "evaluate": "infer", "inference": "infer"}
@@ -45,7 +46,7 @@ class TestTraining:
             "modalities": datalist["modalities"],
             "dataset": bundle.dataset,
             "phantom": True,
-            "backbone": {"mmformer": "MMFormer", "rfnet": "RFNet", "m2ftrans": "M2FTrans"}[bundle.name.split("_")[1]],
+            "backbone": BACKBONES[bundle.name.split("_")[1]].__name__,
             "class_names": list(spec.class_names),
             "regions": {name: list(classes) for name, classes in spec.regions.items()},
             "spacing": bundle.small["spacing"],

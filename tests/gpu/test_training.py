@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32, "dropout_rate": 0},
     "rfnet": {"width": 4},
     "m2ftrans": {"width": 2, "num_heads": 2, "mlp_channels": 32, "dropout_rate": 0},
+    "fusionunet": {"width": 4},
 }
 PRESENCE = torch.tensor([[True, True, False, True], [False, True, True, False]])
 OBJECTIVES = {
