@@ -11,9 +11,17 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor, nn
 
 from passion_monai.devices import send
-from passion_monai.networks.blocks import is_exporting
+from passion_monai.networks.blocks import is_exporting, sum_maps
 
-__all__ = ["Backbone", "DecoderOutput", "Features", "find_presence", "masked_features", "select_rows"]
+__all__ = [
+    "Backbone",
+    "DecoderOutput",
+    "Features",
+    "find_presence",
+    "masked_features",
+    "mean_of_present",
+    "select_rows",
+]
 
 Features = tuple[tuple[Tensor, ...] | None, ...]
 """For each of the M modalities its encoded maps [B, C, h, w(, d)], zero for samples that lack it; None if all do."""
@@ -73,6 +81,22 @@ def masked_features(features: Features, presence: Tensor) -> dict[int, tuple[Ten
     return present
 
 
+def mean_of_present(features: Features, presence: Tensor) -> list[Tensor]:
+    """Each of the maps, averaged over the modalities that each sample has: the simplest fusion.
+
+    Args:
+        features: of M modalities, as many maps of each.
+        presence: bool [B, M] or [1, M].
+
+    Raises:
+        ValueError: when a modality in `presence` was not encoded.
+    """
+    present = masked_features(features, presence)
+    maps = list(zip(*present.values(), strict=True))
+    count = send(presence.sum(dim=1), maps[0][0].device)
+    return [sum_maps(parts) / count.view(-1, *[1] * (parts[0].ndim - 1)) for parts in maps]
+
+
 def _mask(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(_zero_where_absent(map_, rows) for map_ in maps)
 
@@ -101,9 +125,9 @@ class Backbone(nn.Module, ABC):
 
     # What of the parameters belongs to which modality, as regular expressions of their names, so that weights can be
     # taken over to other modalities (passion_monai.networks.pretrained).
-    modality_modules: tuple[str, ...]
+    modality_modules: tuple[str, ...] = (r"encoders\.(\d+)\.",)
     """Modules of one modality; the first group is its index."""
-    modality_axes: ClassVar[Mapping[str, int]]
+    modality_axes: ClassVar[Mapping[str, int]] = {}
     """Parameters with one block per modality along an axis, and after the blocks maybe one entry that is of none."""
     modality_mixing: tuple[str, ...] = ()
     """Parameters that mix the modalities otherwise; they fit only the modalities that they were trained with."""

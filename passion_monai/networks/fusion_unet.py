@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock, UnetUpBlock, get_conv_layer
@@ -69,7 +69,6 @@ class FusionUNet(Backbone):
 
     takes_any_size = True
     modality_modules = (r"encoders\.(\d+)\.", r"gates\.(\d+)\.")
-    modality_axes: ClassVar = {}
 
     def __init__(
         self,

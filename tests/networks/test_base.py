@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from passion_monai.networks.base import masked_features
+from passion_monai.networks.base import masked_features, mean_of_present
 
 
 def test_maps_are_zero_for_the_samples_that_lack_a_modality_and_left_out_where_all_do():
@@ -29,3 +29,11 @@ def test_nothing_not_even_nan_comes_from_a_sample_that_lacks_a_modality():
 def test_a_modality_that_was_not_encoded_is_named():
     with pytest.raises(ValueError, match="modality 1, which was not encoded"):
         masked_features([(torch.zeros(1, 1),), None], torch.tensor([[True, True]]))
+
+
+def test_the_mean_is_over_the_modalities_that_a_sample_has():
+    features = [(torch.rand(2, 3, 4), torch.rand(2, 2, 2)) for _ in range(3)]
+    presence = torch.tensor([[True, True, False], [False, True, False]])
+    for level, mean in enumerate(mean_of_present(features, presence)):
+        torch.testing.assert_close(mean[0], (features[0][level][0] + features[1][level][0]) / 2)
+        torch.testing.assert_close(mean[1], features[1][level][1])
