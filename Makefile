@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments install fix lint type test test-all bundles check-bundles weights weights-real dist-bundles check clean
+.PHONY: help demo experiments install fix lint type test test-all docs bundles check-bundles weights weights-real dist-bundles check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ test: $(VENV)/.dev  ## Run the tests but the slow ones
 test-all: $(VENV)/.dev  ## Run all tests
 	$(PYTEST)
 
+docs: $(VENV)/.docs  ## Build the documentation site, into docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+	@echo "Look at docs/_build/index.html"
+
 bundles: $(VENV)/.dev  ## Rebuild the bundles' configs from their fragments
 	$(BIN)/python bundles/build.py
 
@@ -85,7 +89,7 @@ dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
 check: lint type check-bundles test  ## All that a change must pass
 
 clean:  ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) $(VENV)-snakemake $(DEMO_OUTPUT) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-snakemake $(DEMO_OUTPUT) build dist docs/_build docs/reference/api *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch comes first and pinned: as a mere dependency, pip would take the newest build, with several GB of GPU libraries.
 $(VENV)/.torch: $(CONSTRAINTS)
@@ -101,6 +105,10 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg
 $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(PIP_INSTALL) -e ".[demo,export,tracking,dev]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
 
 # Apart, since snakemake and nilearn want different releases of `packaging`.
 $(VENV)-snakemake/.done:

@@ -1,0 +1,36 @@
+"""The documentation site: `make docs`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ids
+
+from passion_monai import __version__
+
+project = "passion-monai"
+copyright = "the passion-monai contributors"  # noqa: A001 - Sphinx's name
+release = __version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+html_theme = "furo"
+html_title = f"passion-monai {release}"
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+myst_heading_anchors = 3
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autosummary_generate = True
+napoleon_google_docstring = True
+napoleon_use_ivar = True
+# Files of the repository that are no page of the site.
+suppress_warnings = ["myst.xref_missing"]
+
+ids.write(Path(__file__).parent / "reference" / "ids.md")
