@@ -343,13 +343,16 @@ class _Report:
             group.label: [path for run in group.runs if (path := run.optional_file("evaluation", "calibration.csv"))]
             for group in self.groups
         }
-        tables = [_calibration_of(label, some) for label, some in paths.items() if some]
+        tables = [table for label, some in paths.items() if some for table in _calibration_of(label, some)]
         if not tables:
             missing = "No run has evaluation/calibration.csv; evaluate with --calibration True."
             return _Section("calibration", title, missing=missing)
         numbers = pd.concat(tables, ignore_index=True)
         part = self._by_combination("calibration", "Expected calibration error [%]", numbers, ["method"])
-        text = "How far the networks' confidence is from how often they are right: 0 is best."
+        text = (
+            "How far the networks' confidence is from how often they are right: 0 is best. Evaluated with --calibrated "
+            "True, a run has it after temperature scaling too."
+        )
         return _Section("calibration", title, text, [part])
 
     def _rates_order(self, group: _Group) -> int:
@@ -501,23 +504,29 @@ def _rates_of(label: str, run: Run) -> pd.DataFrame:
     return table.assign(method=label, seed=run.settings["seed"], cases=len(presence), text=text)
 
 
-def _calibration_of(label: str, paths: Iterable[Path]) -> pd.DataFrame:
-    """Mean over the cases of each combination, of each case's mean over the seeds, in percent."""
-    tables = []
-    for path in paths:
-        table = pd.read_csv(
-            path, dtype={"case": str, "combination": str}, keep_default_na=False, na_values={"ece": [""]}
-        )
-        if not {"case", "combination", "ece"} <= {*table}:
-            raise ValueError(f"{path} must have the columns case, combination and ece, got {list(table)}.")
-        tables.append(table)
-    errors = 100 * pd.concat(tables).groupby(["combination", "case"], sort=False)["ece"].mean()
+def _calibration_of(label: str, paths: Iterable[Path]) -> list[pd.DataFrame]:
+    """Mean over the cases of each combination, of each case's mean over the seeds, in percent; and after scaling."""
+    errors = pd.concat([_read_calibration(path) for path in paths])
+    named = {"ece": label, "ece_calibrated": f"{label}, calibrated"}
+    return [_ece_means(errors, column).assign(method=name) for column, name in named.items() if column in errors]
+
+
+def _read_calibration(path: Path) -> pd.DataFrame:
+    empty = {"ece": [""], "ece_calibrated": [""]}
+    table = pd.read_csv(path, dtype={"case": str, "combination": str}, keep_default_na=False, na_values=empty)
+    if not {"case", "combination", "ece"} <= {*table}:
+        raise ValueError(f"{path} must have the columns case, combination and ece, got {list(table)}.")
+    return table
+
+
+def _ece_means(errors: pd.DataFrame, column: str) -> pd.DataFrame:
+    percent = 100 * errors.groupby(["combination", "case"], sort=False)[column].mean()
     rows = [
         (name, values.mean(), *confidence_interval(values), values.count())
-        for name, values in errors.groupby("combination", sort=False)
+        for name, values in percent.groupby("combination", sort=False)
     ]
     columns = ["combination", "mean", "low", "high", "cases"]
-    return pd.DataFrame(rows, columns=columns).assign(method=label, metric="ECE [%]", sign=-1)
+    return pd.DataFrame(rows, columns=columns).assign(metric="ECE [%]", sign=-1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "EMPTY_DISTANCE",
     "METRICS",
     "SCORE_COLUMNS",
+    "calibration_table",
     "combination_table",
     "overall_table",
     "read_scores",
@@ -155,13 +156,32 @@ def combination_table(
     cases = _excluded_cases(scores, metric, rows) if exclude_empty else _all_cases(scores)
     cases = cases.reindex(columns=names).fillna(0).astype(int)
 
-    circles = [[_PRESENT_MARK if present else _ABSENT_MARK for present in column] for column in presence.T]
-    lines = [[modality, *row, ""] for modality, row in zip(modalities, circles, strict=True)]
-    lines[0][-1] = "Avg."
-    lines.insert(1, ["---", *[":-:"] * len(names), "--:"])
+    lines = _circles(modalities)
     lines += [[str(region), *map(_number, row)] for region, row in zip(means.index, means.to_numpy(), strict=True)]
     lines += [[str(name), *map(str, row), ""] for name, row in zip(cases.index, cases.to_numpy(), strict=True)]
     return _markdown(lines)
+
+
+def calibration_table(errors: pd.DataFrame, *, modalities: Sequence[str]) -> str:
+    """The expected calibration error of each combination before and after temperature scaling, as Markdown.
+
+    Args:
+        errors: rows with ``case, combination, ece, ece_calibrated``, the last NaN or empty where a combination has no
+            temperature.
+        modalities: names of the M modalities, in the order that the combinations' names use.
+    """
+    columns = {"ece": "before", "ece_calibrated": "after"}
+    values = errors[list(columns)].apply(pd.to_numeric)
+    names = [combination_name(row, modalities) for row in combinations(len(modalities))]
+    means = 100 * values.groupby(errors["combination"]).mean().rename(columns=columns).T.reindex(columns=names)
+    means["Avg."] = means.mean(axis=1, skipna=False)
+    lines = _circles(modalities)
+    lines += [[str(name), *map(_number, row)] for name, row in zip(means.index, means.to_numpy(), strict=True)]
+    legend = (
+        "Before and after the probabilities are calibrated by one temperature per combination (Guo et al., ICML 2017), "
+        "fitted on other cases. Which class is the most likely one does not change, and no score above does."
+    )
+    return f"## Expected calibration error [%]\n\n{legend}\n\n{_markdown(lines)}\n"
 
 
 def overall_table(scores: pd.DataFrame) -> str:
@@ -233,6 +253,16 @@ def _excluded_cases(scores: pd.DataFrame, metric: str, regions: list[str]) -> pd
     """How many cases a metric is the mean of, a row per region and a column per combination."""
     counts = without_empty_labels(scores).groupby(["region", "combination"])[metric].count().unstack()
     return counts.reindex(index=regions).rename(index="cases, {}".format)
+
+
+def _circles(modalities: Sequence[str]) -> list[list[str]]:
+    """The lines of a table that say which combination a column is, with that of Markdown after the first."""
+    columns = combinations(len(modalities)).T
+    circles = [[_PRESENT_MARK if present else _ABSENT_MARK for present in column] for column in columns]
+    lines = [[modality, *row, ""] for modality, row in zip(modalities, circles, strict=True)]
+    lines[0][-1] = "Avg."
+    lines.insert(1, ["---", *[":-:"] * len(circles[0]), "--:"])
+    return lines
 
 
 def _factor(metric: str) -> float:

@@ -260,6 +260,20 @@ def test_calibration_in_percent(page: Page) -> None:
     ]
 
 
+def test_calibration_after_temperature_scaling_stands_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Report, "sections", lambda self: [self._calibration()])
+    run = make_run(tmp_path / "run")
+    path = run / "evaluation" / "calibration.csv"
+    errors = pd.read_csv(path, dtype={"case": str})
+    errors.assign(ece_calibrated=errors["ece"] / 2).to_csv(path, index=False)
+    main([str(run), "--output", str(tmp_path / "report")])
+    page = Page(tmp_path / "report" / "index.html")
+    assert page.rows["calibration"][0][2:] == ["Baseline", "Baseline, calibrated"]
+    assert first_lines(page.rows["calibration"][1])[2:] == ["10.00", "*5.00"]
+
+
 def test_methods_are_compared_with_those_of_their_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with the Baseline, wherever it stands."""
     monkeypatch.setattr(_Report, "sections", lambda self: [self._rates(), self._tests()])  # figures take seconds
