@@ -33,8 +33,16 @@ from passion_monai.evaluation.calibration import expected_calibration_error
 from passion_monai.evaluation.dice import check_masks, dice, region_masks
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
 from passion_monai.evaluation.kept_maps import keep_case
+from passion_monai.evaluation.lesions import check_panoptica, lesion_scores
 from passion_monai.evaluation.score_files import ScoreFiles
-from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, calibration_table, read_scores, report
+from passion_monai.evaluation.tables import (
+    EMPTY_DISTANCE,
+    LESION_COLUMNS,
+    SCORE_COLUMNS,
+    calibration_table,
+    read_scores,
+    report,
+)
 from passion_monai.files import complete_file
 from passion_monai.presence import combination_name, combinations
 
@@ -111,6 +119,7 @@ def score_case(
     names: Sequence[str],
     regions: Mapping[str, Sequence[int]],
     spacing: Sequence[float],
+    lesionwise: bool = False,
 ) -> list[dict[str, Any]]:
     """Scores of one case for each combination and region.
 
@@ -121,12 +130,14 @@ def score_case(
         names: names of the P combinations.
         regions: class indices of each region by its name.
         spacing: size of a voxel along each axis, in mm.
+        lesionwise: score lesion by lesion too, see :mod:`passion_monai.evaluation.lesions`.
 
     Shape:
         - predictions: int [P, H, W(, D)]; label: int [H, W(, D)].
 
     Returns:
-        One row per combination and region, with the columns `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`.
+        One row per combination and region, with the columns `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`,
+        and `LESION_COLUMNS` if asked for.
 
     Raises:
         ValueError: when shapes, names or spacing do not fit together.
@@ -141,7 +152,9 @@ def score_case(
     label_masks = region_masks(label.cpu(), regions)
     for name, prediction in zip(names, predictions.cpu(), strict=True):
         for region, mask, label_mask in zip(regions, region_masks(prediction, regions), label_masks, strict=True):
-            rows.append({"case": case, "combination": name, "region": region} | _score(mask, label_mask, spacing))
+            scores = _score(mask, label_mask, spacing)
+            scores |= lesion_scores(mask, label_mask, spacing) if lesionwise else {}
+            rows.append({"case": case, "combination": name, "region": region} | scores)
     return rows
 
 
@@ -166,6 +179,7 @@ class CombinationScores:
             ``confidence`` int16 [P, H, W(, D)] as :class:`passion_monai.transforms.RestoreClassesd` gives it.
         calibrated: write the error of calibrated probabilities beside it, from ``calibrated_confidence``, likewise, and
             a table of both.
+        lesionwise: score lesion by lesion too, see :mod:`passion_monai.evaluation.lesions`.
         weights: checkpoint, or list of them, that is evaluated. Scores of another one are not gone on with.
         keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
             class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
@@ -173,6 +187,7 @@ class CombinationScores:
         settings: whatever else the scores depend on, likewise.
 
     Raises:
+        ImportError: when lesions are to be scored and the package for it is missing.
         RuntimeError: on attaching it in one of several processes, which would write to the same file.
         ValueError: during the run, when an item lacks something or does not fit.
     """
@@ -186,6 +201,7 @@ class CombinationScores:
         num_workers: int = 0,
         calibration: bool = False,
         calibrated: bool = False,
+        lesionwise: bool = False,
         weights: str | Path | Sequence[str | Path] | None = None,
         keep_cases: int = 0,
         data: str = "",
@@ -198,11 +214,14 @@ class CombinationScores:
         # Keys of confidences by the columns of what they give.
         self.confidences = {"ece": "confidence"} if calibration else {}
         self.confidences |= {"ece_calibrated": "calibrated_confidence"} if calibrated else {}
+        self.lesionwise = lesionwise
+        if lesionwise:
+            check_panoptica()
         self.keep_cases = keep_cases
         self.data = data
         self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
         self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
-        columns: dict[str, tuple[str, ...]] = {_SCORES: SCORE_COLUMNS}
+        columns: dict[str, tuple[str, ...]] = {_SCORES: (*SCORE_COLUMNS, *(LESION_COLUMNS if lesionwise else ()))}
         if self.confidences:
             columns[_CALIBRATION] = ("case", "combination", *self.confidences)
         made_with = {
@@ -368,6 +387,7 @@ class CombinationScores:
             "names": [name for name, there in zip(self.names, available.tolist(), strict=True) if there],
             "regions": self.regions,
             "spacing": _spacing(case, predictions, label),
+            "lesionwise": self.lesionwise,
         }
         maps = convert_to_tensor(predictions)[available.to(predictions.device)].cpu()
         return maps, convert_to_tensor(label)[0].cpu(), settings

@@ -62,6 +62,14 @@ _METRICS = (
     _Metric("hd95_released", "HD95 as in the paper [mm]", 1, -1),
 )
 _DICE = _METRICS[0]
+_LESION_METRICS = (
+    _Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
+    _Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
+)
+_LESIONS = (
+    "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "
+    "0 and HD95 373.13 mm."
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,9 @@ class _Report:
         self.modalities: list[str] = list(self.settings["modalities"])
         self.regions = list(dict.fromkeys(runs[0].scores["region"]))
         self.groups = _grouped(runs)
+        lesionwise = all("lesion_dice" in run.scores for run in runs)
+        self.metrics = (*_METRICS, *(_LESION_METRICS if lesionwise else ()))
+        self.conventions = f"{_INTERVALS} {_HD95}" + (f" {_LESIONS}" if lesionwise else "")
         self.combinations = [combination_name(row, self.modalities) for row in combinations(len(self.modalities))]
 
     def sections(self) -> list[_Section]:
@@ -178,9 +189,9 @@ class _Report:
         return _Section("runs", "The runs", text, [part])
 
     def _rates(self) -> _Section:
-        numbers = pd.concat([group.estimates(_METRICS) for group in sorted(self.groups, key=self._rates_order)])
+        numbers = pd.concat([group.estimates(self.metrics) for group in sorted(self.groups, key=self._rates_order)])
         rows = ["missing rates", "method", *self._backbone_key()]
-        caption = f"Means over all combinations of modalities. {_INTERVALS} {_HD95}"
+        caption = f"Means over all combinations of modalities. {self.conventions}"
         within = ["missing rates", "backbone", "metric", "region"]
         part = self._estimates("table1", caption, numbers, rows, ["metric", "region"], within)
         text = (
@@ -198,10 +209,10 @@ class _Report:
                 "--use_task_mask False or --adaptive_beta False for the paper's Table 2."
             )
             return _Section("ablation", title, missing=missing)
-        numbers = pd.concat([_with_ticks(group.estimates(_METRICS), group) for group in groups])
+        numbers = pd.concat([_with_ticks(group.estimates(self.metrics), group) for group in groups])
         caption = (
             "✓: the pixel-wise loss, the prototype loss, the task mask δ and the adaptive weight β are used. "
-            f"{_INTERVALS} {_HD95}"
+            + self.conventions
         )
         rows = [*self._rates_key(), *self._backbone_key(), *_TICKS, "method"]
         within = ["missing rates", "backbone", "metric", "region"]
@@ -211,7 +222,7 @@ class _Report:
 
     def _combinations(self) -> _Section:
         parts = []
-        for metric in _METRICS:
+        for metric in self.metrics:
             numbers = pd.concat([group.estimates([metric], by_combination=True) for group in self.groups])
             numbers = numbers[numbers["region"] != _AVERAGE]
             name = f"table3_{metric.column.removesuffix('_brats')}"
@@ -226,7 +237,7 @@ class _Report:
         circles = pd.DataFrame(marks.tolist(), columns=self.modalities, index=numbers.index)
         return self._estimates(
             name,
-            f"{title}. {_INTERVALS} {_HD95 if title.startswith('HD95') else ''}",
+            f"{title}. {_INTERVALS} {_caption(title)}",
             pd.concat([circles, numbers], axis=1),
             self.modalities,
             columns,
@@ -395,6 +406,11 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
     with complete_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path
+
+
+def _caption(title: str) -> str:
+    """What is to be said of a metric."""
+    return next((text for start, text in (("HD95", _HD95), ("lesion-wise", _LESIONS)) if title.startswith(start)), "")
 
 
 def _with_options(text: str) -> Markup:
