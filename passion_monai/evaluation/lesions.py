@@ -24,10 +24,10 @@ _OVERLAP = 1e-6  # Dice of two components that are one lesion: any overlap
 def lesion_scores(prediction: Tensor, label: Tensor, spacing: Sequence[float]) -> dict[str, float]:
     """Dice and HD95 of the lesions of a mask.
 
-    The lesions are those of the challenge's package BraTS-evaluation 0.0.10: connected components, neighbours at corners too,
-    matched one to one by the highest sum of Dice coefficients (F. Kofler et al., "Panoptica", 2023). HD95 is the
-    percentile of both directions' distances together. The means are those of the challenge's rules of 2023, in which what
-    is missed or false counts::
+    The lesions are those of the challenge's package BraTS-evaluation 0.0.10: connected components, neighbours at
+    corners too, matched one to one by the highest sum of Dice coefficients (F. Kofler et al., "Panoptica", 2023). HD95
+    is the percentile of both directions' distances together. The means are those of the challenge's rules of 2023, in
+    which what is missed or false counts::
 
         lesion_dice = sum_matched(dice) / (matched + missed + false)
         lesion_hd95 = (sum_matched(hd95) + 373.13 mm * (missed + false)) / (matched + missed + false)
