@@ -29,13 +29,17 @@ SHARED = ROOT / "_shared"
 DOCUMENTS = SHARED / "documents"
 PHANTOM_SCORES = DOCUMENTS / "phantom_scores.json"
 RUN = "python -m monai.bundle run "
-# Per configuration: what it does, and its command. An overlay is given as a second file after train.yaml.
+# Per configuration: what it does, and its command. An overlay is given as a second file.
 WORKFLOWS = {
     "train": ("Trains one network on incomplete cases", RUN + "training --config_file {path} --dataset_dir <folder>"),
     "evaluate": ("Scores every modality combination", RUN + "--config_file {path} --dataset_dir <folder>"),
     "inference": ("Segments patients, whatever they have", RUN + "--config_file {path} --dataset_dir <folder>"),
 }
 OVERLAYS = {
+    "calibrate": (
+        "Fits temperatures for calibrated probabilities on the validation cases",
+        RUN + "--config_file \"['{evaluate}','{path}']\" --dataset_dir <folder>",
+    ),
     "finetune": (
         "Starts a training from this bundle's weights, on another cohort",
         RUN + "training --config_file \"['{train}','{path}']\" --datalist <file>",
@@ -87,7 +91,7 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
     path = f"bundles/{bundle.name}/configs/{{}}.yaml"
     banner = (
         f"# {what}. Run it, from anywhere, with\n"
-        f"#   {command.format(path=path.format(workflow), train=path.format('train'))}\n"
+        f"#   {command.format(path=path.format(workflow), **{name: path.format(name) for name in WORKFLOWS})}\n"
         "# Every id below can be overridden in the same way. Made from fragments by `make bundles`: do not edit.\n"
     )
     names = [workflow]

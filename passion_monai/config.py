@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, DEFAULT_HANDLERS_ID
 
 __all__ = [
+    "check_calibrated",
     "check_choices",
     "check_device",
     "check_flips",
@@ -38,6 +39,22 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False (with a capital on the command line), got {value!r}.")
+
+
+def check_calibrated(*, calibrated: object, **shown: object) -> None:
+    """Refuse to calibrate probabilities that nothing shows.
+
+    Args:
+        calibrated: the id that is checked.
+        shown: the id that writes what comes of it.
+
+    Raises:
+        ValueError: when `calibrated` is no switch, or is on and the other id is off.
+    """
+    check_switches(calibrated=calibrated)
+    for name, value in shown.items():
+        if calibrated and not value:
+            raise ValueError(f"calibrated True changes probabilities only, which nothing shows: give {name} True too.")
 
 
 def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:

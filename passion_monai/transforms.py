@@ -35,7 +35,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from passion_monai.files import complete_file
-from passion_monai.presence import combination_name
+from passion_monai.presence import combination_name, combinations
 
 __all__ = [
     "FULL_CONFIDENCE",
@@ -51,6 +51,8 @@ __all__ = [
     "SaveSegmentationd",
     "SelectSliced",
     "StackModalitiesd",
+    "resample_probabilities",
+    "seen_voxels",
 ]
 
 logger = logging.getLogger(__name__)
@@ -557,6 +559,11 @@ class RestoreClassesd(MapTransform):
         label_key: where the case has it, the maps get the label's grid; otherwise the original grid of the image.
         confidence_key: where to put the probability of the most likely class, if it is wanted.
         probabilities_key: where to put the probabilities themselves, if they are wanted.
+        temperatures: what :func:`passion_monai.evaluation.temperature.read_temperatures` gives, by which these
+            probabilities are calibrated; confidences too, put beside the plain ones with ``calibrated_`` before their
+            key. The class maps do not change. A combination without a temperature keeps its probabilities, and has no
+            calibrated confidence.
+        modalities: names of the M modalities, if there are temperatures.
 
     Shape:
         - Output: int16 [1, ...] or [P, ...]; -1 everywhere for a combination whose probabilities are NaN.
@@ -572,13 +579,16 @@ class RestoreClassesd(MapTransform):
         label_key: str = "label",
         confidence_key: str | None = None,
         probabilities_key: str | None = None,
+        temperatures: Mapping[str, Any] | None = None,
+        modalities: Sequence[str] = (),
     ) -> None:
         super().__init__(keys)
         self.image_key = image_key
         self.label_key = label_key
         self.confidence_key = confidence_key
         self.probabilities_key = probabilities_key
-        self.resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
+        self.temperatures = temperatures
+        self.modalities = tuple(modalities)
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         restored = dict(data)
@@ -591,30 +601,60 @@ class RestoreClassesd(MapTransform):
         shape = tuple(int(size) for size in shape)
         for key in self.key_iterator(restored):
             single = data[key].ndim == image.ndim
-            pairs = [self._restore(p, image.affine, affine, shape) for p in (data[key][None] if single else data[key])]
-            maps, confidences = zip(*pairs, strict=True)
+            volumes = data[key][None] if single else data[key]
+            scales = self._scales(data, single=single) if self.temperatures else [None] * len(volumes)
+            parts = [
+                self._restore(volume, scale, image.affine, affine, shape)
+                for volume, scale in zip(volumes, scales, strict=True)
+            ]
+            maps, confidences, calibrated = zip(*parts, strict=True)
             restored[key] = MetaTensor(torch.stack(maps), affine=affine)
             if self.confidence_key is not None:
                 restored[self.confidence_key] = torch.stack(confidences)
+                restored |= {f"calibrated_{self.confidence_key}": torch.stack(calibrated)} if self.temperatures else {}
             if self.probabilities_key is not None:
-                moved = self._resample(data[key], image.affine, affine, shape)
-                restored[self.probabilities_key] = MetaTensor(_normalised(moved), affine=affine)
+                moved = _normalised(resample_probabilities(data[key], image.affine, affine, shape))
+                restored[self.probabilities_key] = MetaTensor(_tempered(moved, scales[0]), affine=affine)
         return restored
 
-    def _restore(
-        self, probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Class map and, if it is wanted, confidence."""
-        plain = _plain(probabilities).cpu()
-        if bool(plain.isnan().all()):
-            absent = torch.full(tuple(shape), -1, dtype=torch.int16)
-            return absent, torch.zeros_like(absent)
-        moved = self._resample(plain, source, affine, shape)
-        return moved.argmax(dim=0).to(torch.int16), None if self.confidence_key is None else _confidence(moved)
+    def _scales(self, data: Data, *, single: bool) -> list[float | None]:
+        """The temperature of each class map."""
+        rows = [data["presence"].tolist()] if single else combinations(len(self.modalities)).tolist()
+        return [_find_temperature(self.temperatures, row, self.modalities) for row in rows]
 
-    def _resample(self, probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:
-        on_network_grid = MetaTensor(_plain(probabilities).cpu(), affine=source.cpu())
-        return _plain(self.resample(on_network_grid, dst_affine=affine.cpu(), spatial_size=shape))
+    def _restore(
+        self, probabilities: Tensor, temperature: float | None, source: Tensor, affine: Tensor, shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Class map and, if they are wanted, its confidence and the calibrated one."""
+        if bool(_plain(probabilities).isnan().all()):
+            absent = torch.full(tuple(shape), -1, dtype=torch.int16)
+            return absent, torch.zeros_like(absent), torch.zeros_like(absent)
+        moved = resample_probabilities(probabilities, source, affine, shape)
+        classes = moved.argmax(dim=0).to(torch.int16)
+        if self.confidence_key is None:
+            return classes, None, None
+        unknown = torch.zeros_like(classes)
+        calibrated = unknown if temperature is None else _confidence(_tempered(moved, temperature), seen_voxels(moved))
+        return classes, _confidence(moved, seen_voxels(moved)), calibrated
+
+
+def resample_probabilities(probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:
+    """Probabilities [K, ...] from the network's grid on another one, linearly, with zeros outside of the first.
+
+    Args:
+        probabilities: of K classes.
+        source: affine of the network's grid.
+        affine: affine of the other one.
+        shape: of the other one.
+    """
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float32)
+    on_network_grid = MetaTensor(_plain(probabilities).cpu(), affine=source.cpu())
+    return _plain(resample(on_network_grid, dst_affine=affine.cpu(), spatial_size=shape))
+
+
+def seen_voxels(probabilities: Tensor) -> Tensor:
+    """Where probabilities [K, ...] that :func:`resample_probabilities` gives are from inside the network's grid."""
+    return probabilities.sum(dim=0) > _ON_GRID
 
 
 def _normalised(probabilities: Tensor) -> Tensor:
@@ -627,11 +667,30 @@ def _normalised(probabilities: Tensor) -> Tensor:
     return (probabilities / total).where(total > 0, background)
 
 
-def _confidence(probabilities: Tensor) -> Tensor:
-    """The highest of K probabilities [K, ...] that were resampled with zeros around them, as int16."""
-    total = probabilities.sum(dim=0)
-    levels = (probabilities.amax(dim=0) / total * FULL_CONFIDENCE).round().clamp(1, FULL_CONFIDENCE)
-    return levels.where(total > _ON_GRID, 0).to(torch.int16)
+def _tempered(probabilities: Tensor, temperature: float | None) -> Tensor:
+    """Probabilities [K, ...] calibrated by a temperature; as they are without one.
+
+    ``softmax(log(p) / T) = p^(1 / T) / sum_k p_k^(1 / T)``: Guo et al., Eq. (9), on what the mean over windows and
+    flips leaves of the logits.
+    """
+    if temperature is None:
+        return probabilities
+    powers = probabilities.pow(1 / temperature)
+    return powers / powers.sum(dim=0)
+
+
+def _find_temperature(
+    temperatures: Mapping[str, Any] | None, presence: Sequence[bool], modalities: Sequence[str]
+) -> float | None:
+    """The temperature of a combination; None where none was fitted."""
+    fitted = (temperatures or {"combinations": {}})["combinations"].get(combination_name(presence, modalities))
+    return None if fitted is None else float(fitted["temperature"])
+
+
+def _confidence(probabilities: Tensor, seen: Tensor) -> Tensor:
+    """The highest of K probabilities [K, ...], in proportion to their sum, as int16; 0 where they were not seen."""
+    share = probabilities.amax(dim=0) / probabilities.sum(dim=0)
+    return (share * FULL_CONFIDENCE).round().clamp(1, FULL_CONFIDENCE).where(seen, 0).to(torch.int16)
 
 
 class ReplaceSmallClassesd(MapTransform):
@@ -685,7 +744,9 @@ class SaveSegmentationd(MapTransform):
 
     The JSON file says which modalities were used, which were missing, the file of each (null for a missing one), the
     volume of each region in millilitres, and as ``expected_scores`` what the network reached in its evaluation with
-    just these modalities (null where it was not evaluated). A file under its final name is complete.
+    just these modalities (null where it was not evaluated). ``calibration`` has the temperature by which the
+    probabilities were calibrated, null where they were not, then with a note that says why if it was asked for. A file
+    under its final name is complete.
 
     Args:
         keys: key of the class map, int [1, H, W, D] with the affine of the file to write.
@@ -696,6 +757,7 @@ class SaveSegmentationd(MapTransform):
         class_names: name of each class.
         regions: classes of each region, for the volumes.
         expected_scores: what :func:`passion_monai.evaluation.expected.read_expected_scores` gives.
+        temperatures: those that the probabilities were calibrated by, as :class:`RestoreClassesd` has them.
     """
 
     def __init__(
@@ -708,6 +770,7 @@ class SaveSegmentationd(MapTransform):
         class_names: Sequence[str],
         regions: Mapping[str, Sequence[int]],
         expected_scores: Mapping[str, Any] | None = None,
+        temperatures: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
@@ -716,6 +779,7 @@ class SaveSegmentationd(MapTransform):
         self.class_names = tuple(class_names)
         self.regions = dict(regions)
         self.expected_scores = expected_scores
+        self.temperatures = temperatures
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
@@ -747,6 +811,7 @@ class SaveSegmentationd(MapTransform):
             "labels": dict(zip(self.class_names, values.tolist(), strict=True)),
             "region_volumes_ml": {name: round(float(volume) / 1000, 3) for name, volume in volumes.items()},
             "expected_scores": self._expected(list(presence.values())),
+            "calibration": self._calibration(data["case"], list(presence.values())),
         }
 
     def _expected(self, presence: list[bool]) -> dict[str, Any] | None:
@@ -755,6 +820,21 @@ class SaveSegmentationd(MapTransform):
         if self.expected_scores is None or name not in self.expected_scores["combinations"]:
             return None
         return {"data": self.expected_scores["data"], "regions": self.expected_scores["combinations"][name]}
+
+    def _calibration(self, case: str, presence: list[bool]) -> dict[str, Any] | None:
+        """The temperature of a combination of modalities, and which data it was fitted on, or why there is none."""
+        if self.temperatures is None:
+            return None
+        data, temperature = self.temperatures["data"], _find_temperature(self.temperatures, presence, self.modalities)
+        if temperature is not None:
+            return {"temperature": temperature, "data": data}
+        name = combination_name(presence, self.modalities)
+        note = (
+            f"NOT CALIBRATED: no temperature was fitted for {name}, since no validation case of {data} has it. The "
+            "segmentation is not concerned. Run calibrate.yaml on validation cases that have these modalities."
+        )
+        logger.warning(f"Case {case}: {note}")
+        return {"temperature": None, "data": data, "note": note}
 
 
 class SaveProbabilitiesd(MapTransform):

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from passion_monai.config import check_device, check_flips, check_paths, check_switches, find_bundle_root
+from passion_monai.config import (
+    check_calibrated,
+    check_device,
+    check_flips,
+    check_paths,
+    check_switches,
+    find_bundle_root,
+)
 
 
 @pytest.fixture
@@ -67,3 +74,12 @@ def test_flips_need_an_axis():
     check_flips(flip_test=True, flip_axes=[0])
     with pytest.raises(ValueError, match="flip_axes, which are none here"):
         check_flips(flip_test=True, flip_axes=[])
+
+
+def test_calibrated_probabilities_must_be_shown():
+    check_calibrated(calibrated=False, save_probabilities=False)
+    check_calibrated(calibrated=True, save_probabilities=True)
+    with pytest.raises(ValueError, match="give save_probabilities True too"):
+        check_calibrated(calibrated=True, save_probabilities=False)
+    with pytest.raises(ValueError, match="calibrated must be True or False"):
+        check_calibrated(calibrated="true", save_probabilities=True)

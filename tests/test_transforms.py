@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, NormalizeIntensityd, Orientationd, RandRotated, Spacingd, SpatialPadd
 
+from passion_monai.presence import combination_name, combinations
 from passion_monai.transforms import (
     FULL_CONFIDENCE,
     AlignModalitiesd,
@@ -324,6 +326,49 @@ class TestRestoreClassesd:
         # Half a voxel of 2 mm beyond its outermost centres, fewer at the corners.
         assert 0.8 < float(confidence.count_nonzero()) / (21 * 18 * 21) < 1
 
+    def test_temperatures_change_confidences_and_no_class(self, make_case: MakeCase):
+        data = pipeline(1.5)(make_case(modalities=("a", "b"), shape=(24, 24, 24)))
+        probabilities = torch.rand(7, 3, *data["image"].shape[1:], generator=torch.Generator().manual_seed(0)) ** 3
+        probabilities /= probabilities.sum(dim=1, keepdim=True)
+        probabilities[3:] = torch.nan
+        names = {"a": 2.0, "a+b": 0.5}  # none of "b", the second
+        temperatures = {"data": "", "combinations": {name: {"temperature": value} for name, value in names.items()}}
+        plain = RestoreClassesd(confidence_key="c")(data | {"pred": probabilities})
+        restore = RestoreClassesd(confidence_key="c", temperatures=temperatures, modalities=MODALITIES)
+        rows = combinations(3)
+        order = [combination_name(row, MODALITIES) for row in rows]
+        there = [order.index("a"), order.index("b"), order.index("a+b")]
+        mixed = torch.full_like(probabilities, torch.nan)
+        mixed[there] = probabilities[:3]
+        result = restore(data | {"pred": mixed})
+        assert torch.equal(result["pred"].as_tensor()[there], plain["pred"].as_tensor()[:3])
+        assert torch.equal(result["c"][there], plain["c"][:3])
+        before, (a, b, both) = plain["c"][:3], result["calibrated_c"][there]
+        seen = before[0] > 0
+        assert not b.any()  # is not known
+        assert bool((a <= before[0])[seen].all())
+        assert bool((both >= before[2])[seen].all())
+        assert float((a < before[0])[seen].float().mean()) > 0.9
+        assert float((both > before[2])[seen].float().mean()) > 0.9
+        assert not a[~seen].any()
+
+    def test_temperatures_scale_the_logarithms_of_probabilities(self, make_case: MakeCase):
+        data = pipeline()(make_case(modalities=("a", "b"), label=False))
+        probabilities = torch.rand(3, *data["image"].shape[1:], generator=torch.Generator().manual_seed(0))
+        probabilities[1] *= 3
+        probabilities /= probabilities.sum(dim=0)
+        settings: dict[str, Any] = {"probabilities_key": "p", "modalities": MODALITIES}
+        fitted = {"data": "", "combinations": {"a+b": {"temperature": 2.5}}}
+        results = [
+            RestoreClassesd(**settings, temperatures=temperatures)(data | {"pred": probabilities})
+            for temperatures in (None, fitted, {"data": "", "combinations": {"b": {"temperature": 2.5}}})
+        ]
+        plain, scaled, other = (result["p"].as_tensor() for result in results)
+        torch.testing.assert_close(scaled, (plain.log() / 2.5).softmax(dim=0))
+        assert torch.equal(other, plain)
+        assert all(torch.equal(result["pred"], results[0]["pred"]) for result in results)
+        assert torch.equal(scaled.argmax(dim=0), plain.argmax(dim=0))
+
 
 class TestReplaceSmallClassesd:
     def maps(self) -> MetaTensor:
@@ -417,6 +462,24 @@ class TestSaveSegmentationd:
         records = [json.loads((tmp_path / name / "case1_seg.json").read_text()) for name in ("b+c", "a+c", "none")]
         told = {"data": "two cases", "regions": {"whole": {"dice": 0.5}}}
         assert [record["expected_scores"] for record in records] == [told, None, None]
+
+    def test_tells_the_temperature_or_why_there_is_none(
+        self, make_case: MakeCase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        temperatures = {"data": "four cases", "combinations": {"b+c": {"temperature": 1.5, "cases": 4}}}
+        case = make_case()
+        case_bc, case_ac = ({name: case[name] for name in case if name != missing} for missing in ("a", "b"))
+        self.save(case_bc, tmp_path / "b+c", temperatures=temperatures)
+        self.save(case_ac, tmp_path / "a+c", temperatures=temperatures)
+        self.save(case_bc, tmp_path / "none")
+        files = [tmp_path / name / "case1_seg.json" for name in ("b+c", "a+c", "none")]
+        told, unknown, none = (json.loads(file.read_text())["calibration"] for file in files)
+        assert told == {"temperature": 1.5, "data": "four cases"}
+        assert none is None
+        assert unknown["temperature"] is None
+        note = r"NOT CALIBRATED: no temperature was fitted for a\+c, .* four cases .*calibrate\.yaml"
+        assert re.match(note, unknown["note"])
+        assert f"Case case1: {unknown['note']}" in caplog.text
 
 
 def test_stacking_refuses_different_shapes():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from passion_monai.evaluation.statistics import compare
-from passion_monai.evaluation.tables import METRICS, read_scores
+from passion_monai.evaluation.tables import LESION_METRICS, METRICS, read_scores
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run_a", metavar="RUN_A", type=Path, help="a run's folder, or a file of scores")
     parser.add_argument("run_b", metavar="RUN_B", type=Path, help="the run to compare with it")
-    parser.add_argument("--metric", choices=METRICS, default="dice")
+    parser.add_argument("--metric", choices=(*METRICS, *LESION_METRICS), default="dice")
     parser.add_argument("--output", type=Path, help="CSV file for the table, not rounded")
     arguments = parser.parse_args(argv)
     try:
@@ -50,7 +50,7 @@ def _read(run: Path) -> pd.DataFrame:
 
 def _text(table: pd.DataFrame, metric: str) -> str:
     scaled = table.copy()
-    scaled[["difference", "low", "high"]] *= 100 if metric == "dice" else 1
+    scaled[["difference", "low", "high"]] *= 100 if metric in ("dice", "lesion_dice") else 1
     formats = dict.fromkeys(("difference", "low", "high", "effect_size"), "{:+.2f}".format)
     formats |= dict.fromkeys(("p", "p_holm"), "{:.2g}".format)
     return scaled.to_string(index=False, formatters=formats)

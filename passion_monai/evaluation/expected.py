@@ -16,7 +16,7 @@ from passion_monai.networks.checkpoints import checkpoint_paths
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FILE_NAME", "checksum", "read_expected_scores", "write_expected_scores"]
+__all__ = ["FILE_NAME", "checksum", "evaluation_folder", "read_expected_scores", "write_expected_scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,11 @@ def checksum(weights: str | Path | Sequence[str | Path]) -> str | None:
     if not all(path.is_file() for path in paths):  # what loads them says so, when the run starts
         return None
     return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+
+
+def evaluation_folder(weights: str | Path | Sequence[str | Path]) -> Path:
+    """Where the evaluation of a run puts its files: ``evaluation`` beside the folder of the (first) weights."""
+    return checkpoint_paths(weights)[0].absolute().parent.parent / "evaluation"
 
 
 def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha256: str | None, data: str) -> None:
@@ -59,8 +64,7 @@ def read_expected_scores(weights: str | Path | Sequence[str | Path]) -> dict[str
     """What was written for these weights, or None where they were not evaluated.
 
     Args:
-        weights: path of the checkpoint, or of several. In the folder ``evaluation`` beside the first one's folder is
-            where evaluations of a run put their files.
+        weights: path of the checkpoint, or of several; see :func:`evaluation_folder`.
 
     Returns:
         ``data`` and ``combinations``, as :func:`write_expected_scores` has them.
@@ -68,7 +72,7 @@ def read_expected_scores(weights: str | Path | Sequence[str | Path]) -> dict[str
     Raises:
         ValueError: when the file is there and cannot be read.
     """
-    path = checkpoint_paths(weights)[0].absolute().parent.parent / "evaluation" / FILE_NAME
+    path = evaluation_folder(weights) / FILE_NAME
     if not path.is_file():
         return None
     try:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import numpy as np
+import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
@@ -32,8 +33,16 @@ from passion_monai.evaluation.calibration import expected_calibration_error
 from passion_monai.evaluation.dice import CombinationDiceMetric, check_masks, dice, region_masks
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
 from passion_monai.evaluation.kept_maps import keep_case
+from passion_monai.evaluation.lesions import check_panoptica, lesion_scores
 from passion_monai.evaluation.score_files import ScoreFiles
-from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores, report
+from passion_monai.evaluation.tables import (
+    EMPTY_DISTANCE,
+    LESION_COLUMNS,
+    SCORE_COLUMNS,
+    calibration_table,
+    read_scores,
+    report,
+)
 from passion_monai.files import complete_file
 from passion_monai.presence import combination_name, combinations
 
@@ -51,7 +60,6 @@ _ML_PER_MM3 = 1e-3
 _QUANTILE = 0.95
 _PENDING_PER_WORKER = 2  # cases that wait in memory for a worker
 _SCORES, _CALIBRATION = "scores.csv", "calibration.csv"
-_CALIBRATION_COLUMNS = ("case", "combination", "ece")
 Row = dict[str, Any]
 
 
@@ -112,6 +120,7 @@ def score_case(
     names: Sequence[str],
     regions: Mapping[str, Sequence[int]],
     spacing: Sequence[float],
+    lesionwise: bool = False,
 ) -> list[dict[str, Any]]:
     """Scores of one case for each combination and region.
 
@@ -122,12 +131,14 @@ def score_case(
         names: names of the P combinations.
         regions: class indices of each region by its name.
         spacing: size of a voxel along each axis, in mm.
+        lesionwise: score lesion by lesion too, see :mod:`passion_monai.evaluation.lesions`.
 
     Shape:
         - predictions: int [P, H, W(, D)]; label: int [H, W(, D)].
 
     Returns:
-        One row per combination and region, with the columns `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`.
+        One row per combination and region, with the columns `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`,
+        and `LESION_COLUMNS` if asked for.
 
     Raises:
         ValueError: when shapes, names or spacing do not fit together.
@@ -142,7 +153,9 @@ def score_case(
     label_masks = region_masks(label.cpu(), regions)
     for name, prediction in zip(names, predictions.cpu(), strict=True):
         for region, mask, label_mask in zip(regions, region_masks(prediction, regions), label_masks, strict=True):
-            rows.append({"case": case, "combination": name, "region": region} | _score(mask, label_mask, spacing))
+            scores = _score(mask, label_mask, spacing)
+            scores |= lesion_scores(mask, label_mask, spacing) if lesionwise else {}
+            rows.append({"case": case, "combination": name, "region": region} | scores)
     return rows
 
 
@@ -165,6 +178,9 @@ class CombinationScores:
         num_workers: processes that compute scores while the network predicts the next case; with 0 it waits for them.
         calibration: write ``calibration.csv`` too, the expected calibration error of each case and combination, from
             ``confidence`` int16 [P, H, W(, D)] as :class:`passion_monai.transforms.RestoreClassesd` gives it.
+        calibrated: write the error of calibrated probabilities beside it, from ``calibrated_confidence``, likewise, and
+            a table of both.
+        lesionwise: score lesion by lesion too, see :mod:`passion_monai.evaluation.lesions`.
         weights: checkpoint, or list of them, that is evaluated. Scores of another one are not gone on with.
         keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
             class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
@@ -172,6 +188,7 @@ class CombinationScores:
         settings: whatever else the scores depend on, likewise.
 
     Raises:
+        ImportError: when lesions are to be scored and the package for it is missing.
         RuntimeError: on attaching it in one of several processes, which would write to the same file.
         ValueError: during the run, when an item lacks something or does not fit.
     """
@@ -184,6 +201,8 @@ class CombinationScores:
         regions: Mapping[str, Sequence[int]],
         num_workers: int = 0,
         calibration: bool = False,
+        calibrated: bool = False,
+        lesionwise: bool = False,
         weights: str | Path | Sequence[str | Path] | None = None,
         keep_cases: int = 0,
         data: str = "",
@@ -193,12 +212,19 @@ class CombinationScores:
         self.modalities = tuple(modalities)
         self.regions = dict(regions)
         self.num_workers = num_workers
-        self.calibration = calibration
+        # Keys of confidences by the columns of what they give.
+        self.confidences = {"ece": "confidence"} if calibration else {}
+        self.confidences |= {"ece_calibrated": "calibrated_confidence"} if calibrated else {}
+        self.lesionwise = lesionwise
+        if lesionwise:
+            check_panoptica()
         self.keep_cases = keep_cases
         self.data = data
         self.presence = torch.from_numpy(combinations(len(self.modalities)))  # [P, M]
         self.names = [combination_name(row, self.modalities) for row in self.presence.numpy()]
-        columns = {_SCORES: SCORE_COLUMNS} | ({_CALIBRATION: _CALIBRATION_COLUMNS} if calibration else {})
+        columns: dict[str, tuple[str, ...]] = {_SCORES: (*SCORE_COLUMNS, *(LESION_COLUMNS if lesionwise else ()))}
+        if self.confidences:
+            columns[_CALIBRATION] = ("case", "combination", *self.confidences)
         made_with = {
             "version": __version__,
             "weights_sha256": None if weights is None else checksum(weights),
@@ -270,7 +296,7 @@ class CombinationScores:
         if settings["case"] in self._shown:
             self._keep_maps(item, predictions, settings)
         # Here, since confidences are as large as the class maps: they need not wait for a worker.
-        calibration = self._calibration_rows(item, predictions, label, settings["names"]) if self.calibration else []
+        calibration = self._calibration_rows(item, predictions, label, settings["names"])
         if self._pool is None:
             self._write(settings["case"], score_case(predictions, label, **settings), calibration)
         else:
@@ -292,14 +318,12 @@ class CombinationScores:
     def _calibration_rows(
         self, item: Mapping[str, Any], predictions: Tensor, label: Tensor, names: Sequence[str]
     ) -> list[Row]:
-        confidences = item["confidence"][self._available(item)]
-        errors = [
-            expected_calibration_error(confidence, prediction == label)
-            for confidence, prediction in zip(confidences, predictions, strict=True)
-        ]
-        return [
-            {"case": item["case"], "combination": name, "ece": error} for name, error in zip(names, errors, strict=True)
-        ]
+        rows = [{"case": item["case"], "combination": name} for name in names] if self.confidences else []
+        for column, key in self.confidences.items():
+            confidences = item[key][self._available(item)]
+            for row, confidence, prediction in zip(rows, confidences, predictions, strict=True):
+                row[column] = expected_calibration_error(confidence, prediction == label)
+        return rows
 
     def _write_pending(self, keep: int) -> None:
         """Write finished cases in their order, and wait until no more than `keep` are pending."""
@@ -325,6 +349,9 @@ class CombinationScores:
             return
         scores = read_scores(self.output_dir / _SCORES)
         table = report(scores, modalities=self.modalities, regions=self.regions)
+        if "ece_calibrated" in self.confidences:
+            errors = pd.read_csv(self.output_dir / _CALIBRATION, dtype={"combination": str}, keep_default_na=False)
+            table += "\n" + calibration_table(errors, modalities=self.modalities)
         with complete_file(path) as unfinished:
             unfinished.write_text(table, encoding="utf-8")
         weights = self.files.settings["weights_sha256"]
@@ -345,7 +372,7 @@ class CombinationScores:
 
     def _checked(self, item: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """A case's class maps [P, ...] of the combinations that it has, its label, and the settings of score_case."""
-        needed = ["case", "presence", "pred", "label", *(["confidence"] if self.calibration else [])]
+        needed = ["case", "presence", "pred", "label", *self.confidences.values()]
         missing = [key for key in needed if item.get(key) is None]
         if missing:
             raise ValueError(f"Case {item.get('case')}: {missing} is missing; scores need {', '.join(needed)}.")
@@ -361,6 +388,7 @@ class CombinationScores:
             "names": [name for name, there in zip(self.names, available.tolist(), strict=True) if there],
             "regions": self.regions,
             "spacing": _spacing(case, predictions, label),
+            "lesionwise": self.lesionwise,
         }
         maps = convert_to_tensor(predictions)[available.to(predictions.device)].cpu()
         return maps, convert_to_tensor(label)[0].cpu(), settings

@@ -62,6 +62,14 @@ _METRICS = (
     _Metric("hd95_released", "HD95 as in the paper [mm]", 1, -1),
 )
 _DICE = _METRICS[0]
+_LESION_METRICS = (
+    _Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
+    _Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
+)
+_LESIONS = (
+    "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "
+    "0 and HD95 373.13 mm."
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,9 @@ class _Report:
         self.modalities: list[str] = list(self.settings["modalities"])
         self.regions = list(dict.fromkeys(runs[0].scores["region"]))
         self.groups = _grouped(runs)
+        lesionwise = all("lesion_dice" in run.scores for run in runs)
+        self.metrics = (*_METRICS, *(_LESION_METRICS if lesionwise else ()))
+        self.conventions = f"{_INTERVALS} {_HD95}" + (f" {_LESIONS}" if lesionwise else "")
         self.combinations = [combination_name(row, self.modalities) for row in combinations(len(self.modalities))]
 
     def sections(self) -> list[_Section]:
@@ -178,9 +189,9 @@ class _Report:
         return _Section("runs", "The runs", text, [part])
 
     def _rates(self) -> _Section:
-        numbers = pd.concat([group.estimates(_METRICS) for group in sorted(self.groups, key=self._rates_order)])
+        numbers = pd.concat([group.estimates(self.metrics) for group in sorted(self.groups, key=self._rates_order)])
         rows = ["missing rates", "method", *self._backbone_key()]
-        caption = f"Means over all combinations of modalities. {_INTERVALS} {_HD95}"
+        caption = f"Means over all combinations of modalities. {self.conventions}"
         within = ["missing rates", "backbone", "metric", "region"]
         part = self._estimates("table1", caption, numbers, rows, ["metric", "region"], within)
         text = (
@@ -198,10 +209,10 @@ class _Report:
                 "--use_task_mask False or --adaptive_beta False for the paper's Table 2."
             )
             return _Section("ablation", title, missing=missing)
-        numbers = pd.concat([_with_ticks(group.estimates(_METRICS), group) for group in groups])
+        numbers = pd.concat([_with_ticks(group.estimates(self.metrics), group) for group in groups])
         caption = (
             "✓: the pixel-wise loss, the prototype loss, the task mask δ and the adaptive weight β are used. "
-            f"{_INTERVALS} {_HD95}"
+            + self.conventions
         )
         rows = [*self._rates_key(), *self._backbone_key(), *_TICKS, "method"]
         within = ["missing rates", "backbone", "metric", "region"]
@@ -211,7 +222,7 @@ class _Report:
 
     def _combinations(self) -> _Section:
         parts = []
-        for metric in _METRICS:
+        for metric in self.metrics:
             numbers = pd.concat([group.estimates([metric], by_combination=True) for group in self.groups])
             numbers = numbers[numbers["region"] != _AVERAGE]
             name = f"table3_{metric.column.removesuffix('_brats')}"
@@ -226,7 +237,7 @@ class _Report:
         circles = pd.DataFrame(marks.tolist(), columns=self.modalities, index=numbers.index)
         return self._estimates(
             name,
-            f"{title}. {_INTERVALS} {_HD95 if title.startswith('HD95') else ''}",
+            f"{title}. {_INTERVALS} {_caption(title)}",
             pd.concat([circles, numbers], axis=1),
             self.modalities,
             columns,
@@ -343,13 +354,16 @@ class _Report:
             group.label: [path for run in group.runs if (path := run.optional_file("evaluation", "calibration.csv"))]
             for group in self.groups
         }
-        tables = [_calibration_of(label, some) for label, some in paths.items() if some]
+        tables = [table for label, some in paths.items() if some for table in _calibration_of(label, some)]
         if not tables:
             missing = "No run has evaluation/calibration.csv; evaluate with --calibration True."
             return _Section("calibration", title, missing=missing)
         numbers = pd.concat(tables, ignore_index=True)
         part = self._by_combination("calibration", "Expected calibration error [%]", numbers, ["method"])
-        text = "How far the networks' confidence is from how often they are right: 0 is best."
+        text = (
+            "How far the networks' confidence is from how often they are right: 0 is best. Evaluated with --calibrated "
+            "True, a run has it after temperature scaling too."
+        )
         return _Section("calibration", title, text, [part])
 
     def _rates_order(self, group: _Group) -> int:
@@ -392,6 +406,11 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
     with complete_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path
+
+
+def _caption(title: str) -> str:
+    """What is to be said of a metric."""
+    return next((text for start, text in (("HD95", _HD95), ("lesion-wise", _LESIONS)) if title.startswith(start)), "")
 
 
 def _with_options(text: str) -> Markup:
@@ -501,23 +520,29 @@ def _rates_of(label: str, run: Run) -> pd.DataFrame:
     return table.assign(method=label, seed=run.settings["seed"], cases=len(presence), text=text)
 
 
-def _calibration_of(label: str, paths: Iterable[Path]) -> pd.DataFrame:
-    """Mean over the cases of each combination, of each case's mean over the seeds, in percent."""
-    tables = []
-    for path in paths:
-        table = pd.read_csv(
-            path, dtype={"case": str, "combination": str}, keep_default_na=False, na_values={"ece": [""]}
-        )
-        if not {"case", "combination", "ece"} <= {*table}:
-            raise ValueError(f"{path} must have the columns case, combination and ece, got {list(table)}.")
-        tables.append(table)
-    errors = 100 * pd.concat(tables).groupby(["combination", "case"], sort=False)["ece"].mean()
+def _calibration_of(label: str, paths: Iterable[Path]) -> list[pd.DataFrame]:
+    """Mean over the cases of each combination, of each case's mean over the seeds, in percent; and after scaling."""
+    errors = pd.concat([_read_calibration(path) for path in paths])
+    named = {"ece": label, "ece_calibrated": f"{label}, calibrated"}
+    return [_ece_means(errors, column).assign(method=name) for column, name in named.items() if column in errors]
+
+
+def _read_calibration(path: Path) -> pd.DataFrame:
+    empty = {"ece": [""], "ece_calibrated": [""]}
+    table = pd.read_csv(path, dtype={"case": str, "combination": str}, keep_default_na=False, na_values=empty)
+    if not {"case", "combination", "ece"} <= {*table}:
+        raise ValueError(f"{path} must have the columns case, combination and ece, got {list(table)}.")
+    return table
+
+
+def _ece_means(errors: pd.DataFrame, column: str) -> pd.DataFrame:
+    percent = 100 * errors.groupby(["combination", "case"], sort=False)[column].mean()
     rows = [
         (name, values.mean(), *confidence_interval(values), values.count())
-        for name, values in errors.groupby("combination", sort=False)
+        for name, values in percent.groupby("combination", sort=False)
     ]
     columns = ["combination", "mean", "low", "high", "cases"]
-    return pd.DataFrame(rows, columns=columns).assign(method=label, metric="ECE [%]", sign=-1)
+    return pd.DataFrame(rows, columns=columns).assign(metric="ECE [%]", sign=-1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

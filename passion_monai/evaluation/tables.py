@@ -10,6 +10,9 @@ Scores are rows in long form, one per case, combination and region, with the col
 - ``assd_mm``, the average symmetric surface distance: 0 and NaN as ``hd95_mm``;
 - ``prediction_ml`` and ``label_ml``, the volumes of the two masks.
 
+Where lesions were scored, `LESION_COLUMNS` follow, see :mod:`passion_monai.evaluation.lesions`: ``lesion_dice`` and
+``lesion_hd95``, means over the lesions of a case, and how many of these were matched, missed and false.
+
 So there are three conventions for empty masks: those of `EMPTY_DISTANCE`, which count every case, and "excluded", see
 :func:`without_empty_labels`, by which a case whose label lacks a region is none of that region's, and a distance is the
 mean over the cases in which there is one.
@@ -27,8 +30,11 @@ from passion_monai.presence import combination_name, combinations
 
 __all__ = [
     "EMPTY_DISTANCE",
+    "LESION_COLUMNS",
+    "LESION_METRICS",
     "METRICS",
     "SCORE_COLUMNS",
+    "calibration_table",
     "combination_table",
     "overall_table",
     "read_scores",
@@ -45,6 +51,8 @@ _PERCENTILE_OF = {"brats": "the larger one of both directions", "released": "bot
 
 METRICS = ("dice", "hd95_mm", *(f"hd95_{convention}" for convention in EMPTY_DISTANCE), "assd_mm")
 SCORE_COLUMNS = ("case", "combination", "region", *METRICS, "prediction_ml", "label_ml")
+LESION_METRICS = ("lesion_dice", "lesion_hd95")
+LESION_COLUMNS = (*LESION_METRICS, "lesions_matched", "lesions_missed", "lesions_false")
 
 _PRESENT_MARK, _ABSENT_MARK, _UNKNOWN = "●", "○", "-"
 # The tables of a report: title, metric, and whether cases are left out whose label lacks the region.
@@ -61,6 +69,14 @@ _TABLES = (
     ("Dice [%], convention 'excluded'", "dice", True),
     ("HD95 [mm], convention 'excluded'", "hd95_mm", True),
     ("ASSD [mm], convention 'excluded'", "assd_mm", True),
+)
+_LESION_TABLES = (
+    ("Lesion-wise Dice [%]: mean over lesions, 0 for one that is missed or false", "lesion_dice", False),
+    (
+        f"Lesion-wise HD95 [mm]: mean over lesions, {EMPTY_DISTANCE['brats']:g} mm for one that is missed or false",
+        "lesion_hd95",
+        False,
+    ),
 )
 
 
@@ -103,13 +119,13 @@ def summary(scores: pd.DataFrame, *, exclude_empty: bool = False) -> pd.DataFram
         exclude_empty: leave out regions that a case's label lacks.
 
     Returns:
-        One row per combination and region, in order of appearance, with the columns ``combination, region``, `METRICS`
-        (means over cases), ``cases`` (how many) and ``distance_cases`` (over how many of them ``hd95_mm`` and
-        ``assd_mm`` are the means: those in which not exactly one mask is empty).
+        One row per combination and region, in order of appearance, with the columns ``combination, region``, means over
+        cases of `METRICS` and, where they were scored, of `LESION_METRICS`, ``cases`` (how many) and ``distance_cases``
+        (over how many of them ``hd95_mm`` and ``assd_mm`` are the means: those in which not exactly one mask is empty).
     """
     counted = without_empty_labels(scores) if exclude_empty else scores
     groups = counted.groupby(["combination", "region"], sort=False)
-    means = groups[list(METRICS)].mean()
+    means = groups[[name for name in (*METRICS, *LESION_METRICS) if name in scores]].mean()
     means["cases"] = groups["case"].count()
     means["distance_cases"] = groups["hd95_mm"].count()
     return means.reset_index()
@@ -133,7 +149,7 @@ def combination_table(
         scores: rows with `SCORE_COLUMNS`.
         modalities: names of the M modalities, in the order that the combinations' names use.
         regions: names of the regions, one row each.
-        metric: one of `METRICS`; ``dice`` is shown in %, the others are in mm.
+        metric: one of `METRICS` or, where they were scored, `LESION_METRICS`; Dice is shown in %, the others are in mm.
         exclude_empty: leave out regions that a case's label lacks. How many cases a mean is of then depends on the
             region, and each has a row of these numbers.
 
@@ -141,10 +157,11 @@ def combination_table(
         A Markdown table.
 
     Raises:
-        ValueError: when the metric is unknown.
+        ValueError: when the metric is unknown, or was not scored.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {list(METRICS)}, got {metric!r}.")
+    known = [name for name in (*METRICS, *LESION_METRICS) if name in scores]
+    if metric not in known:
+        raise ValueError(f"metric must be one of {known}, got {metric!r}.")
     rows = list(regions)
     presence = combinations(len(modalities))
     names = [combination_name(row, modalities) for row in presence]
@@ -155,13 +172,32 @@ def combination_table(
     cases = _excluded_cases(scores, metric, rows) if exclude_empty else _all_cases(scores)
     cases = cases.reindex(columns=names).fillna(0).astype(int)
 
-    circles = [[_PRESENT_MARK if present else _ABSENT_MARK for present in column] for column in presence.T]
-    lines = [[modality, *row, ""] for modality, row in zip(modalities, circles, strict=True)]
-    lines[0][-1] = "Avg."
-    lines.insert(1, ["---", *[":-:"] * len(names), "--:"])
+    lines = _circles(modalities)
     lines += [[str(region), *map(_number, row)] for region, row in zip(means.index, means.to_numpy(), strict=True)]
     lines += [[str(name), *map(str, row), ""] for name, row in zip(cases.index, cases.to_numpy(), strict=True)]
     return _markdown(lines)
+
+
+def calibration_table(errors: pd.DataFrame, *, modalities: Sequence[str]) -> str:
+    """The expected calibration error of each combination before and after temperature scaling, as Markdown.
+
+    Args:
+        errors: rows with ``case, combination, ece, ece_calibrated``, the last NaN or empty where a combination has no
+            temperature.
+        modalities: names of the M modalities, in the order that the combinations' names use.
+    """
+    columns = {"ece": "before", "ece_calibrated": "after"}
+    values = errors[list(columns)].apply(pd.to_numeric)
+    names = [combination_name(row, modalities) for row in combinations(len(modalities))]
+    means = 100 * values.groupby(errors["combination"]).mean().rename(columns=columns).T.reindex(columns=names)
+    means["Avg."] = means.mean(axis=1, skipna=False)
+    lines = _circles(modalities)
+    lines += [[str(name), *map(_number, row)] for name, row in zip(means.index, means.to_numpy(), strict=True)]
+    legend = (
+        "Before and after the probabilities are calibrated by one temperature per combination (Guo et al., ICML 2017), "
+        "fitted on other cases. Which class is the most likely one does not change, and no score above does."
+    )
+    return f"## Expected calibration error [%]\n\n{legend}\n\n{_markdown(lines)}\n"
 
 
 def overall_table(scores: pd.DataFrame) -> str:
@@ -175,7 +211,7 @@ def overall_table(scores: pd.DataFrame) -> str:
     """
     regions = [*dict.fromkeys(scores["region"]), ALL]
     lines = [["", *regions], ["---", *["--:"] * len(regions)]]
-    for title, metric, exclude_empty in _TABLES:
+    for title, metric, exclude_empty in _tables(scores):
         estimates = overall(without_empty_labels(scores) if exclude_empty else scores, metric)
         # By position, since a region may have the name of the last row.
         values = estimates[["mean", "low", "high"]].to_numpy() * _factor(metric)
@@ -216,12 +252,16 @@ def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable
         "## Over all combinations: Avg. with its 95 % interval",
         overall_table(scores),
     ]
-    for title, metric, exclude_empty in _TABLES:
+    for title, metric, exclude_empty in _tables(scores):
         table = combination_table(
             scores, modalities=modalities, regions=regions, metric=metric, exclude_empty=exclude_empty
         )
         parts += [f"## {title}", table]
     return "\n\n".join(parts) + "\n"
+
+
+def _tables(scores: pd.DataFrame) -> tuple[tuple[str, str, bool], ...]:
+    return _TABLES + (_LESION_TABLES if "lesion_dice" in scores else ())
 
 
 def _all_cases(scores: pd.DataFrame) -> pd.DataFrame:
@@ -235,8 +275,18 @@ def _excluded_cases(scores: pd.DataFrame, metric: str, regions: list[str]) -> pd
     return counts.reindex(index=regions).rename(index="cases, {}".format)
 
 
+def _circles(modalities: Sequence[str]) -> list[list[str]]:
+    """The lines of a table that say which combination a column is, with that of Markdown after the first."""
+    columns = combinations(len(modalities)).T
+    circles = [[_PRESENT_MARK if present else _ABSENT_MARK for present in column] for column in columns]
+    lines = [[modality, *row, ""] for modality, row in zip(modalities, circles, strict=True)]
+    lines[0][-1] = "Avg."
+    lines.insert(1, ["---", *[":-:"] * len(circles[0]), "--:"])
+    return lines
+
+
 def _factor(metric: str) -> float:
-    return 100 if metric == "dice" else 1
+    return 100 if metric in ("dice", "lesion_dice") else 1
 
 
 def _markdown(lines: Iterable[Sequence[str]]) -> str:

@@ -147,8 +147,8 @@ class FusionTransformer(nn.Module):
         grid: spatial size of the maps, whose T places are one token each.
 
     Shape:
-        - Input: features of the P present modalities by index, [B, C, *grid]; presence bool [B or 1, M].
-        - Output: their maps likewise, the fusion tokens' map [B, C, *grid] and the modalities' weights [B, P, *grid].
+        - Input: features of the P present modalities by index, [B, C, h, w(, d)]; presence bool [B or 1, M].
+        - Output: their maps likewise, the fusion tokens' map [B, C, h, w(, d)] and the modalities' weights [B, P, h, w(, d)].
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class FusionTransformer(nn.Module):
         does not give its weights away.
 
         Returns:
-            Tensor [B, M, *grid].
+            Tensor [B, M, h, w(, d)].
         """
         layer = cast(TransformerLayer, self.layers[0])
         queries = slice(-self.num_tokens, None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import Bundle
@@ -16,12 +18,13 @@ from monai.bundle import ConfigWorkflow
 pytestmark = pytest.mark.parametrize("bundle", ["brats_rfnet_passion"], indirect=True)
 
 
-def workflow(bundle: Bundle, name: str, **overrides: Any) -> ConfigWorkflow:
+def workflow(bundle: Bundle, name: str | list[str], **overrides: Any) -> ConfigWorkflow:
     settings = bundle.small | {"bundle_root": str(bundle.folder)} | overrides
-    return ConfigWorkflow(bundle.config(name), workflow_type=None, logging_file=False, **settings)
+    files = [str(bundle.config(one)) for one in ([name] if isinstance(name, str) else name)]
+    return ConfigWorkflow(files, workflow_type=None, logging_file=False, **settings)
 
 
-def run(bundle: Bundle, name: str, **overrides: Any) -> None:
+def run(bundle: Bundle, name: str | list[str], **overrides: Any) -> None:
     running = workflow(bundle, name, **overrides)
     running.initialize()
     running.run()
@@ -73,3 +76,39 @@ def test_evaluation_of_flips_and_checkpoints(bundle: Bundle, checkpoints: list[s
     before, after = (list(csv.DictReader(text.splitlines())) for text in scores)
     assert len(before) == len(after) > 0
     assert before != after  # and not gone on with
+
+
+def test_calibrated_probabilities(bundle: Bundle, checkpoints: list[str], tmp_path: Path):
+    weights = tmp_path / "run" / "models" / "model.pt"
+    weights.parent.mkdir(parents=True)
+    Path(checkpoints[0]).rename(weights)
+    folder = weights.parents[1]
+    settings: dict[str, Any] = {"save_probabilities": True, "phantom::num_cases": 2, "missing_rates": None}
+    settings |= {"ckpt_path": str(weights)}
+    with pytest.raises(RuntimeError) as error:
+        run(bundle, "inference", output_dir=str(tmp_path / "none"), calibrated=True, **settings)
+    assert "no temperatures at" in str(last_cause(error.value))
+
+    cohort = {"phantom::num_cases": 12}  # one of them for validation
+    run(bundle, ["evaluate", "calibrate"], output_dir=str(folder), **cohort)
+    assert not (folder / "evaluation" / "scores.csv").exists()
+    fitted = json.loads((folder / "evaluation" / "temperatures.json").read_text())["combinations"]
+    assert len(fitted) == 15
+    run(bundle, "evaluate", output_dir=str(folder), calibrated=True, **cohort)
+    table = pd.read_csv(folder / "evaluation" / "calibration.csv")
+    assert table["ece_calibrated"].mean() < table["ece"].mean()  # nobody trained it, and it is far too sure or unsure
+
+    for name, calibrated in (("plain", False), ("calibrated", True)):
+        run(bundle, "inference", output_dir=str(tmp_path / name), calibrated=calibrated, **settings)
+    plain, scaled = (probabilities(tmp_path / name) for name in ("plain", "calibrated"))
+    for name, before in plain.items():
+        assert not np.allclose(before, scaled[name], atol=1e-3)
+        paths = [tmp_path / run / "predictions" / name.replace("_prob", "_seg") for run in ("plain", "calibrated")]
+        classes = [nib.load(path).get_fdata() for path in paths]
+        np.testing.assert_array_equal(*classes)
+        record = json.loads(paths[1].with_name(name.replace("_prob.nii.gz", "_seg.json")).read_text())
+        assert record["calibration"]["temperature"] == fitted["flair+t1ce+t1+t2"]["temperature"]
+
+
+def last_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else last_cause(error.__cause__)

@@ -415,6 +415,25 @@ def test_combination_scores_writes_calibration_of_the_combinations_that_there_ar
     assert table["ece"].tolist() == pytest.approx([0, wrong, 0, wrong])
 
 
+def test_combination_scores_has_the_calibration_error_before_and_after(tmp_path: Path) -> None:
+    items = make_items((True, True), (True, True))
+    for item in items:
+        item["confidence"] = torch.full((3, 5, 6, 7), FULL_CONFIDENCE, dtype=torch.int16)
+        item["calibrated_confidence"] = torch.full((3, 5, 6, 7), FULL_CONFIDENCE // 2, dtype=torch.int16)
+        item["calibrated_confidence"][0] = 0  # x has no temperature
+    scores = CombinationScores(tmp_path, modalities=MODALITIES, regions=REGIONS, calibration=True, calibrated=True)
+    make_evaluator(items, tmp_path, scores=scores).run()
+    table = pd.read_csv(tmp_path / "calibration.csv")
+    assert list(table) == ["case", "combination", "ece", "ece_calibrated"]
+    wrong = 8 / (5 * 6 * 7)  # the map of y is empty
+    assert table["ece"].tolist() == pytest.approx([0, wrong, 0] * 2)
+    expected = [math.nan, 1 - wrong - 0.5, 0.5] * 2
+    assert table["ece_calibrated"].tolist() == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| before | 0.00 | 3.81 | 0.00 | 1.27 |" in text
+    assert "| after | - | 46.19 | 50.00 | - |" in text
+
+
 def test_remaining_are_the_cases_that_were_not_scored_with_the_same_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -260,6 +260,36 @@ def test_calibration_in_percent(page: Page) -> None:
     ]
 
 
+def test_calibration_after_temperature_scaling_stands_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Report, "sections", lambda self: [self._calibration()])
+    run = make_run(tmp_path / "run")
+    path = run / "evaluation" / "calibration.csv"
+    errors = pd.read_csv(path, dtype={"case": str})
+    errors.assign(ece_calibrated=errors["ece"] / 2).to_csv(path, index=False)
+    main([str(run), "--output", str(tmp_path / "report")])
+    page = Page(tmp_path / "report" / "index.html")
+    assert page.rows["calibration"][0][2:] == ["Baseline", "Baseline, calibrated"]
+    assert first_lines(page.rows["calibration"][1])[2:] == ["10.00", "*5.00"]
+
+
+def test_lesion_wise_scores_stand_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Report, "sections", lambda self: [self._rates(), self._combinations()])
+    runs = [make_run(tmp_path / name, files=False, objective=name) for name in ("baseline", "pmr")]
+    change_scores(runs[0], lambda table: table.assign(lesion_dice=0.25, lesion_hd95=50.0))
+    main([*map(str, runs), "--output", str(tmp_path / "one")])
+    page = Page(tmp_path / "one" / "index.html")
+    assert not any("lesion" in cell for rows in page.rows.values() for row in rows for cell in row)
+    change_scores(runs[1], lambda table: table.assign(lesion_dice=0.75, lesion_hd95=20.0))
+    main([*map(str, runs), "--output", str(tmp_path / "both")])
+    page = Page(tmp_path / "both" / "index.html")
+    assert "lesion-wise Dice [%]" in page.rows["table1"][0]
+    assert first_lines(page.rows["table3_lesion_dice"][-1])[2:4] == ["25.00", "*75.00"]
+    assert first_lines(page.rows["table3_lesion_hd95"][-1])[2:4] == ["50.00", "*20.00"]
+    assert "Lesion-wise scores are means over the lesions" in (tmp_path / "both" / "index.html").read_text("utf-8")
+
+
 def test_methods_are_compared_with_those_of_their_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with the Baseline, wherever it stands."""
     monkeypatch.setattr(_Report, "sections", lambda self: [self._rates(), self._tests()])  # figures take seconds
