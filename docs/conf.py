@@ -11,7 +11,7 @@ import ids
 from passion_monai import __version__
 
 project = "passion-monai"
-copyright = "the passion-monai contributors"  # noqa: A001 - Sphinx's name
+copyright = "the passion-monai contributors"
 release = __version__
 extensions = [
     "myst_parser",
@@ -26,6 +26,7 @@ exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 myst_heading_anchors = 3
 autodoc_typehints = "signature"
+autodoc_typehints_format = "fully-qualified"
 autodoc_member_order = "bysource"
 autosummary_generate = True
 napoleon_google_docstring = True

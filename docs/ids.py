@@ -36,11 +36,11 @@ def table(bundle: str, workflow: str) -> str:
 
 def write(path: Path, bundle: str = "brats_mmformer_passion") -> None:
     """Write the page, if it is not what it should be."""
-    parts = [
-        "# What can be set",
+    introduction = (
         f"Every id that stands before the pipeline in the configurations of `{bundle}`; the other bundles differ in "
-        "their data and their network. Each is set on the command line, as in `--epochs 100`.",
-    ]
+        "their data and their network. Each is set on the command line, as in `--epochs 100`."
+    )
+    parts = ["# What can be set", introduction]
     for workflow, title in WORKFLOWS.items():
         parts += [f"## {title}", table(bundle, workflow)]
     text = "\n\n".join(parts) + "\n"

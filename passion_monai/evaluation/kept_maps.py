@@ -43,10 +43,10 @@ class KeptCase:
 
     images: NDArray[np.uint8]
     presence: NDArray[np.bool_]
-    modalities: NDArray[np.str_]
+    modalities: NDArray[Any]
     label: NDArray[np.uint8]
     predictions: NDArray[np.uint8]
-    combinations: NDArray[np.str_]
+    combinations: NDArray[Any]
     spacing: NDArray[np.float64]
 
 

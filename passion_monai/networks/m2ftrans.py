@@ -148,7 +148,8 @@ class FusionTransformer(nn.Module):
 
     Shape:
         - Input: features of the P present modalities by index, [B, C, h, w(, d)]; presence bool [B or 1, M].
-        - Output: their maps likewise, the fusion tokens' map [B, C, h, w(, d)] and the modalities' weights [B, P, h, w(, d)].
+        - Output: their maps likewise, the fusion tokens' map [B, C, h, w(, d)] and the modalities' weights
+          [B, P, h, w(, d)].
     """
 
     def __init__(

@@ -257,6 +257,7 @@ class RegionMixing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tensor:
+        """What :func:`mix_regions` gives."""
         ctx.save_for_backward(probabilities, weights, *voxels)
         parts = _parts(voxels[0])
         return torch.cat(
@@ -265,6 +266,7 @@ class RegionMixing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of weights and voxels."""
         probabilities, weights, *voxels = ctx.saved_tensors
         to_weights = torch.zeros_like(weights).flatten(2)
         to_voxels = [torch.empty_like(y) for y in voxels]
