@@ -41,8 +41,14 @@ SPEC = DatasetSpec(
 
 
 _NAMINGS = (
-    Naming("_", {"flair": "flair", "t1ce": "t1ce", "t1": "t1", "t2": "t2", "seg": "label"}, SPEC.label_values),
-    Naming("-", {"t2f": "flair", "t1c": "t1ce", "t1n": "t1", "t2w": "t2", "seg": "label"}, (0, 1, 2, 3)),
+    Naming(
+        {"{case}_flair": "flair", "{case}_t1ce": "t1ce", "{case}_t1": "t1", "{case}_t2": "t2", "{case}_seg": "label"},
+        SPEC.label_values,
+    ),
+    Naming(
+        {"{case}-t2f": "flair", "{case}-t1c": "t1ce", "{case}-t1n": "t1", "{case}-t2w": "t2", "{case}-seg": "label"},
+        (0, 1, 2, 3),
+    ),
 )
 _TIME_POINT = re.compile(r"(?P<patient>.+-\d+)-\d+")
 # Kaggle's copy of 2020 has one label under the name that the hospital gave it.

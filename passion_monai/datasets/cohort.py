@@ -20,6 +20,7 @@ from passion_monai.datasets.datalist import (
     write_datalist,
 )
 from passion_monai.datasets.discovery import strip_extension
+from passion_monai.files import split_volume
 from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence
 from passion_monai.transforms import LoadCased
@@ -216,7 +217,7 @@ def _phantom(dataset: str, output_dir: str, phantom: Mapping[str, Any]) -> Path:
 
 def is_phantom(path: str | Path) -> bool:
     """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
-    path = Path(path)
+    path, _ = split_volume(path)
     if not path.name.lower().endswith(".nii.gz"):
         return False
     image: Any = nib.load(path)

@@ -3,7 +3,8 @@
 A case is a dictionary with the keys
 
 - ``case``: its id; ``patient``: whom it shows, which differs where a patient was scanned more than once;
-- one key per modality *that exists*, holding a path: a missing modality is a missing key;
+- one key per modality *that exists*, holding a path: a missing modality is a missing key. ``x.nii.gz[2]`` is the third
+  volume of a 4-D file;
 - ``label``: path of the label file, missing where there is none;
 - ``label_values``: the value of class 0, 1, ... in label files of this kind;
 - ``presence``: optionally the case's row of C, which may hide modalities that exist.
@@ -25,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from passion_monai.datasets import DatasetSpec
 from passion_monai.faults import FAULT_KEY
-from passion_monai.files import complete_file
+from passion_monai.files import complete_file, split_volume
 from passion_monai.presence import check_presence
 
 __all__ = [
@@ -289,7 +290,7 @@ def read_datalist(
 
 def _check_root(where: str, cases: Sequence[Case], modalities: Sequence[str], root: Path) -> None:
     """Tell a wrong root, with which no case is complete, from single files that are missing."""
-    absent = [[case[key] for key in _file_keys(case, modalities) if not _exists(Path(case[key]))] for case in cases]
+    absent = [[case[key] for key in _file_keys(case, modalities) if not _exists(case[key])] for case in cases]
     if all(absent):
         raise FileNotFoundError(
             f"{where}: no case has all of its files; of {cases[0]['case']!r}, {absent[0][0]} does not exist. If the "
@@ -396,9 +397,9 @@ def _with_absolute_paths(case: Case, modalities: Sequence[str], root: Path) -> C
     return case | {key: str(root / case[key]) for key in _file_keys(case, modalities)}
 
 
-def _exists(file: Path) -> bool:
+def _exists(path: str) -> bool:
     try:
-        return file.exists()
+        return split_volume(path)[0].exists()
     except OSError:  # such as a name that is too long
         return False
 

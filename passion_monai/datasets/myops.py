@@ -45,8 +45,14 @@ SPEC = DatasetSpec(
     reference_split=(20, 0, 5),
 )
 
-_KEYS = {"C0": "bssfp", "DE": "lge", "LGE": "lge", "T2": "t2", "gd": "label"}
-_NAMINGS = (Naming("_", _KEYS, SPEC.label_values),)
+_KEYS = {
+    "{case}_C0": "bssfp",
+    "{case}_DE": "lge",
+    "{case}_LGE": "lge",
+    "{case}_T2": "t2",
+    "{case}_gd": "label",
+}
+_NAMINGS = (Naming(_KEYS, SPEC.label_values),)
 
 _DESCRIPTION = """\
 Find the cases of a MyoPS data set and write a datalist: a JSON file that says which case has which
