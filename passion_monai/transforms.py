@@ -242,7 +242,7 @@ def _volume(image: MetaTensor, index: int) -> MetaTensor:
     """One volume of a 4-D image, whose last axis the reader has made channels."""
     if index >= image.shape[0]:
         raise ValueError(f"it has {image.shape[0]} volume(s), none is number {index}, counted from 0")
-    return image[index : index + 1]
+    return MetaTensor(image[index : index + 1])
 
 
 def _itk_reader(name: str) -> ITKReader:

@@ -1,7 +1,7 @@
 """Finding the cases of a data set by the names of its files, for all layouts alike.
 
-A layout is a table of patterns, ``{case}_flair`` and the like; the extension is that of any format that is read, and may
-be in capitals. A modality may also be the folder of a DICOM series that is called so. Images that are called otherwise
+A layout is a table of patterns, ``{case}_flair`` and the like; the extension is that of any format that is read, and
+may be in capitals. A modality may also be the folder of a DICOM series called so. Images that are called otherwise
 are never left out in silence: one of them may be the modality that seems to be missing.
 """
 
@@ -185,8 +185,8 @@ def _report_unknown(
         ", ".join(f"{_shown(pattern)} ({key})" for pattern, key in naming.keys.items()) for naming in namings
     )
     remedy = (
-        f"Names are {names}, where capitals count. Rename the images that are one of these, or say which "
-        "file is what in a datalist, which python -m passion_monai.datasets.patterns writes (files for a single patient)"
+        f"Names are {names}, where capitals count. Rename the images that are one of these, or say which file is what "
+        "in a datalist, which python -m passion_monai.datasets.patterns writes (files for a single patient)"
     )
     folders = {file.path.parent for file in known}
     doubtful = [path for path in unknown if path.parent in folders and not _DERIVED.search(strip_extension(path.name))]
@@ -233,9 +233,7 @@ def _walk(root: Path, namings: Sequence[Naming]) -> Iterator[Path]:
             yield here
 
 
-def _identify(
-    path: Path, root: Path, namings: Sequence[Naming], rename: Callable[[str], str] = str
-) -> _File | None:
+def _identify(path: Path, root: Path, namings: Sequence[Naming], rename: Callable[[str], str] = str) -> _File | None:
     """What a file or folder is by its name; None if it is called like no modality or label."""
     stem = rename(strip_extension(path.name))
     relative = "" if path == root else (path.relative_to(root).parent / stem).as_posix()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from passion_monai.datasets import DatasetSpec
-from passion_monai.datasets.datalist import datalist_command
+from passion_monai.datasets.command import datalist_command, datalist_parser
 from passion_monai.datasets.discovery import Naming, discover_cases
 
 __all__ = ["SPEC", "discover", "main"]
@@ -87,7 +87,8 @@ def discover(root: str | Path, *, keep_faulty: bool = False) -> list[dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a datalist from the command line; see ``python -m passion_monai.datasets.myops --help``."""
-    datalist_command(argv, spec=SPEC, discover=discover, description=_DESCRIPTION, epilog=_EPILOG)
+    parser = datalist_parser(SPEC.name, sizes=SPEC.reference_split, description=_DESCRIPTION, epilog=_EPILOG)
+    datalist_command(parser, argv, find=lambda arguments: (SPEC, discover(arguments.root)))
 
 
 if __name__ == "__main__":
