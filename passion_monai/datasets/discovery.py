@@ -195,7 +195,8 @@ def _report_unknown(
     if doubtful and absent:
         raise ValueError(
             f"No case below {root} has {', '.join(absent)}, but there are {_first(doubtful, root)}, which are called "
-            f"like no modality. {remedy}; and move those that are none out of the folder."
+            f"like no modality. {remedy}; and move those that are none out of the folder, or do without the modality "
+            "(--without of that command)."
         )
     logger.warning(
         "Not used: below %s there are %s, which are called like no modality. %s; where they are none, such as masks, "

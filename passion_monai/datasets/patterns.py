@@ -206,6 +206,7 @@ def find_cases(
     label: str | None = None,
     patient: str | None = None,
     classes: Mapping[str, int] | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[DatasetSpec, list[Case]]:
     """Find the cases of a cohort by the names of a known layout, by patterns, or by both.
 
@@ -216,6 +217,7 @@ def find_cases(
         label: the pattern of the labels.
         patient: what of a case's id is the patient's, as a pattern with ``{patient}``.
         classes: the value of each class; by default the layout's, or what the labels hold.
+        without: modalities of the layout to do without.
 
     Returns:
         What the cohort is of, and its cases, as :func:`passion_monai.datasets.discovery.discover_cases` finds them.
@@ -227,7 +229,7 @@ def find_cases(
     if layout is None and not modalities:
         raise ValueError(f"Give --layout, one of {sorted(LAYOUTS)}, or a --modality NAME=PATTERN for each modality.")
     known = LAYOUTS[layout](root) if layout else _layout("such", Naming({}, ()), modalities=())
-    changed = _with_patterns(known, modalities or {}, label)
+    changed = _with_patterns(_without(known, without), modalities or {}, label)
     if classes is not None:
         changed = _with_classes(changed, _classes({_BACKGROUND: 0, **classes}, "--classes"))
     check_modalities(changed.spec.modalities)
@@ -243,6 +245,18 @@ def find_cases(
     if not naming.label_values and any("label" in case for case in cases):
         changed = _with_classes(changed, _classes(_found_classes(cases), "the labels"))
     return changed.spec, [{**case, "label_values": list(changed.naming.label_values)} for case in cases]
+
+
+def _without(layout: Layout, names: Sequence[str]) -> Layout:
+    """The layout without some of its modalities."""
+    there = layout.spec.modalities
+    if not set(names) <= set(there) or (names and layout.naming.volumes):
+        raise ValueError(
+            f"--without is for modalities of the layout in files of their own, {list(there)}, got {names}."
+        )
+    keys = {pattern: key for pattern, key in layout.naming.keys.items() if key not in names}
+    kept = tuple(name for name in there if name not in names)
+    return replace(layout, naming=replace(layout.naming, keys=keys), spec=replace(layout.spec, modalities=kept))
 
 
 def _with_patterns(layout: Layout, modalities: Mapping[str, str], label: str | None) -> Layout:
@@ -330,6 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME=PATTERN",
         help="what the files of a modality are called; once for each, in the order of the image channels",
     )
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="NAME", help="modalities of the layout to leave out"
+    )
     parser.add_argument("--label", metavar="PATTERN", help="what the label files are called")
     parser.add_argument(
         "--patient",
@@ -349,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _find(arguments: argparse.Namespace) -> tuple[DatasetSpec, list[Case]]:
     classes = arguments.classes and {name: int(value) for name, value in arguments.classes}
     given = {"label": arguments.label, "patient": arguments.patient, "classes": classes}
+    given["without"] = arguments.without
     return find_cases(arguments.root, arguments.layout, modalities=dict(arguments.modality), **given)
 
 
