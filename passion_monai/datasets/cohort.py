@@ -246,7 +246,7 @@ def _single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
     if not isinstance(files, Mapping) or set(files) - {*modalities, "case"} or not set(files) & set(modalities):
         raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {files!r}.")
     first = next(Path(files[name]) for name in modalities if name in files)
-    case = {"case": strip_extension(first.name), **files}
+    case = {"case": strip_extension(split_volume(first)[0].name), **files}
     if not isinstance(case["case"], str) or case["case"] != Path(case["case"]).name:
         raise ValueError(
             f"files: 'case' names the files to write and must be a name without folders, got {case['case']!r}."

@@ -139,25 +139,6 @@ class TestNnunet:
         with pytest.raises(ValueError, match=r"No case .* has T2 w, but there are 1 other image\(s\): imagesTr/x_0002"):
             find_cases(root, "nnunet")
 
-    @pytest.mark.parametrize(
-        ("changed", "said"),
-        [
-            ({"file_ending": ".png"}, r"file_ending '.png' is not read here"),
-            ({"labels": {"background": 0, "ignore": 1}}, "a label to ignore is not known"),
-            ({"labels": {"background": 0, "core": "1"}}, "labels must be whole numbers"),
-            ({"labels": {"core": 1}}, "0 for the background"),
-            ({"channel_names": ["T2"]}, "'channel_names' or 'modality' with a name for each number"),
-            ({"channel_names": {"0": "MRI", "1": "MRI"}}, "modalities must be a list of different names"),
-        ],
-    )
-    def test_a_description_that_makes_no_sense(self, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
-        with pytest.raises(ValueError, match=said):
-            find_cases(self.root(tmp_path, **changed), "nnunet")
-
-    def test_no_description(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"dataset\.json does not exist; root is the folder that holds it"):
-            find_cases(tmp_path, "nnunet")
-
 
 class TestDecathlon:
     def root(self, tmp_path: Path, *modalities: str) -> Path:
@@ -182,10 +163,6 @@ class TestDecathlon:
     def test_one_modality(self, tmp_path: Path) -> None:
         _, [x, _] = find_cases(self.root(tmp_path, "MRI"), "decathlon")
         assert x["MRI"] == str(tmp_path / "imagesTr" / "x.nii.gz")
-
-    def test_other_names_for_volumes_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="--modality is not for the volumes of 4-D files"):
-            find_cases(self.root(tmp_path, "FLAIR", "T1w"), "decathlon", modalities={"T1w": "*_t1"})
 
 
 class TestPatterns:
@@ -247,32 +224,6 @@ class TestPatterns:
         write(tmp_path / "jo_a.nii")
         spec, _ = find_cases(tmp_path, modalities={"a": "*_a"}, classes={"core": 4, "edema": 2})
         assert (spec.label_values, spec.class_names) == ((0, 2, 4), ("background", "edema", "core"))
-
-    @pytest.mark.parametrize("pattern", ["jo_FLAIR", "*_*_FLAIR", "{case}/{case}", "**/{case}_FLAIR"])
-    def test_a_pattern_without_an_id_is_refused(self, tmp_path: Path, pattern: str) -> None:
-        with pytest.raises(ValueError, match="must say where the case's id stands: by its only"):
-            find_cases(tmp_path, modalities={"flair": pattern})
-
-    @pytest.mark.parametrize(
-        ("given", "said"),
-        [
-            ({}, "Give --layout, one of .*'bids'.*, or a --modality"),
-            ({"modalities": {"a": "*_x", "b": "*_x.nii"}}, "need a pattern of their own"),
-            ({"layout": "bids", "without": ["pd"]}, r"--without is for .*'flair', 't1ce', 't1', 't2'.*, got \['pd'\]"),
-            ({"modalities": {"case": "*_x"}}, "modalities must not be called like one of"),
-            ({"modalities": {"a": "*_a"}}, r"holds no such case; looked for files named \*_a.nii"),
-            ({"modalities": {"x": "*_x"}, "label": "*_image"}, "holds more values than a label does"),
-            ({"modalities": {"x": "*_x"}, "label": "*_text"}, "jo_text.nii.gz cannot be read"),
-        ],
-    )
-    def test_what_makes_no_sense_is_named(self, tmp_path: Path, given: dict[str, Any], said: str) -> None:
-        write(tmp_path / "jo_x.nii.gz")
-        write(tmp_path / "jo_image.nii.gz", np.arange(32).reshape(2, 4, 4) + 100)
-        write(tmp_path / "al_image.nii.gz", np.arange(32).reshape(2, 4, 4) + 40)
-        write(tmp_path / "al_x.nii.gz")
-        (tmp_path / "jo_text.nii.gz").write_text("no image")
-        with pytest.raises((ValueError, FileNotFoundError), match=said):
-            find_cases(tmp_path, **given)
 
 
 class TestCommand:
