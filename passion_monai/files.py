@@ -1,8 +1,9 @@
-"""Files that are complete under their final name, or not there."""
+"""Files that are complete under their final name, or not there; volumes of 4-D files."""
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["complete_file", "make_folder", "remove_unfinished", "save_complete", "writing"]
+__all__ = [
+    "complete_file",
+    "make_folder",
+    "remove_unfinished",
+    "save_complete",
+    "split_volume",
+    "volume_name",
+    "writing",
+]
 
 _UNFINISHED = ".unfinished."
+_VOLUME = re.compile(r"(?P<file>.+\.nii(?:\.gz)?)\[(?P<index>\d+)\]", re.IGNORECASE)
+
+
+def volume_name(path: str | Path, index: int) -> str:
+    """How one volume of a 4-D NIfTI file is called, counted from 0: ``x.nii.gz[2]``."""
+    return f"{path}[{index}]"
+
+
+def split_volume(path: str | Path) -> tuple[Path, int | None]:
+    """The file, and which of its volumes is meant; None where all of the file is."""
+    match = _VOLUME.fullmatch(str(path))
+    return (Path(match["file"]), int(match["index"])) if match else (Path(path), None)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from passion_monai.files import complete_file
+from passion_monai.files import complete_file, split_volume
 from passion_monai.presence import combination_name, combinations
 
 __all__ = [
@@ -222,12 +222,13 @@ class LoadCased(MapTransform):
             )
         return image
 
-    def _load(self, path: str) -> MetaTensor:
-        name = path.lower()  # extensions may be in capitals
+    def _load(self, source: str) -> MetaTensor:
+        file, volume = split_volume(source)
+        path, name = str(file), str(file).lower()  # extensions may be in capitals
         is_nifti = name.endswith((".nii", ".nii.gz"))
-        if not Path(path).exists():
+        if not file.exists():
             raise FileNotFoundError("it does not exist")
-        if Path(path).is_dir() and (count := _count_series(path)) != 1:
+        if file.is_dir() and (count := _count_series(path)) != 1:
             raise ValueError(f"a folder must hold one DICOM series, this one has {count}")
         if name.endswith(".gz"):
             _check_gzip(path)
@@ -235,7 +236,15 @@ class LoadCased(MapTransform):
             _check_header(path)
         # Given with each call, or LoadImage would try all other readers where this one refuses a file.
         image: MetaTensor = self.load(path, reader=self.nifti_reader if is_nifti else _itk_reader(name))
+        image = image if volume is None else _volume(image, volume)
         return _in_millimetres(image, path) if is_nifti else image
+
+
+def _volume(image: MetaTensor, index: int) -> MetaTensor:
+    """One volume of a 4-D image, whose last axis the reader has made channels."""
+    if index >= image.shape[0]:
+        raise ValueError(f"it has {image.shape[0]} volume(s), none is number {index}, counted from 0")
+    return MetaTensor(image[index : index + 1])
 
 
 def _itk_reader(name: str) -> ITKReader:

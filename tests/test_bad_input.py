@@ -35,6 +35,8 @@ from passion_monai.config import (
 from passion_monai.datasets import check_classes, discover
 from passion_monai.datasets.cohort import inference_cases, training_cases, validation_cases
 from passion_monai.datasets.datalist import check_modalities, read_datalist
+from passion_monai.datasets.nnunet import write_nnunet
+from passion_monai.datasets.patterns import find_cases
 from passion_monai.faults import FAULT_KEY, Fault, FaultReport, TolerantDataset, raise_faults
 from passion_monai.foreground import ZeroBackgroundd
 from passion_monai.networks import MMFormer, RFNet
@@ -176,6 +178,11 @@ FILES = (
         "a series of volumes (4-D)",
         lambda case: rewrite(case["b"], lambda image: np.stack([image, image], axis=-1)),
         "b file .* must have 3 axes, got shape .* with 2 channel",
+    ),
+    Bad(
+        "a volume that the 4-D file lacks",
+        lambda case: case.update(b=case["b"] + "[1]"),
+        r"b file .*b.nii.gz.1. cannot be read .it has 1 volume\(s\), none is number 1",
     ),
     Bad(
         "a single slice (2-D)",
@@ -571,6 +578,90 @@ def test_a_folder_without_cases_is_named(tmp_path: Path, name: str, said: str):
         discover("brats", tmp_path / name)
 
 
+DESCRIPTION = {"channel_names": {"0": "a", "1": "b"}, "labels": {"background": 0, "core": 1}, "file_ending": ".nii.gz"}
+
+
+def described(layout: str = "nnunet", **changed: Any) -> Callable[[Path], dict[str, Any]]:
+    """What is given where dataset.json has something else in it."""
+
+    def give(root: Path) -> dict[str, Any]:
+        (root / "dataset.json").write_text(json.dumps(DESCRIPTION | changed))
+        return {"layout": layout}
+
+    return give
+
+
+def patterns(label: str | None = None, **modalities: str) -> Callable[[Path], dict[str, Any]]:
+    return lambda _: {"modalities": modalities, "label": label}
+
+
+WHERE = "must say where the case's id stands: by its only"
+LAYOUTS = (
+    Bad("no dataset.json", lambda root: {"layout": "nnunet"}, "dataset.json does not exist; root is the folder that"),
+    Bad("files of a format that is not read", described(file_ending=".png"), "file_ending '.png' is not read here"),
+    Bad("a label to ignore", described(labels={"background": 0, "ignore": 1}), "a label to ignore is not known here"),
+    Bad("a class whose value is text", described(labels={"background": 0, "x": "1"}), "must be whole numbers"),
+    Bad("classes without a background", described(labels={"core": 1}), "labels must be .*, 0 for the background"),
+    Bad("channels without numbers", described(channel_names=["a"]), "'modality' with a name for each number"),
+    Bad("two channels of one name", described(channel_names={"0": "x", "1": "x"}), "a list of different names"),
+    Bad("a channel that dataset.json lacks", described(channel_names={"0": "a", "1": "c"}), "No case .* has c, but"),
+    Bad("neither a layout nor patterns", lambda _: {}, "Give --layout, one of .*'bids'.*, or a --modality"),
+    Bad("a pattern without *", patterns(a="jo_a"), WHERE),
+    Bad("a pattern with two *", patterns(a="*_*_a"), WHERE),
+    Bad("a pattern with **", patterns(a="**/{case}_a"), WHERE),
+    Bad("a pattern twice", patterns(a="*_a", b="*_a.nii"), "need a pattern of their own"),
+    Bad("a pattern that nothing fits", patterns(a="*_A"), r"holds no such case; looked for files named \*_A.nii"),
+    Bad("an image for a label", patterns("*_image", a="*_a"), "holds more values than a label does; is it an image"),
+    Bad("a label that is no image", patterns("*_text", a="*_a"), "jo_text.nii.gz cannot be read"),
+    Bad(
+        "names for the volumes of 4-D files",
+        lambda root: described("decathlon")(root) | {"modalities": {"a": "*_a"}},
+        "--modality is not for the volumes of 4-D files",
+    ),
+    Bad(
+        "without a sequence that the layout lacks",
+        lambda _: {"layout": "bids", "without": ["pd"]},
+        r"--without is for .*'flair'.*, got \['pd'\]",
+    ),
+)
+
+
+@table(*LAYOUTS)
+def test_a_layout_that_makes_no_sense_is_named(tmp_path: Path, bad: Bad):
+    (tmp_path / "imagesTr").mkdir()
+    voxels = np.arange(125, dtype=np.uint8).reshape(5, 5, 5)
+    for name in ("imagesTr/jo_0000", "imagesTr/jo_0002", "jo_a", "jo_image"):
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "jo_text.nii.gz").write_text("no image")
+    given = bad.do(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=bad.said):
+        find_cases(tmp_path, **given)
+
+
+def add(output: Path) -> None:
+    output.mkdir()
+    (output / "dataset.json").touch()
+
+
+NNUNETS = (
+    Bad("a dataset that is there", lambda output, _: add(output), "holds a dataset already; give another folder"),
+    Bad("classes that are not known", lambda _, c: c.pop("class_names"), "must have class_names, and cases with as"),
+    Bad("values of other classes", lambda _, c: c.update(class_names=["k"]), "as many label_values, got .'k'. and "),
+    Bad("a bad case", lambda _, c: Path(c["root"], c["training"][0]["a"]).write_text(""), "(?s)Case case1.*no dataset"),
+)
+
+
+@table(*NNUNETS)
+def test_what_nnunet_cannot_have_is_named(tmp_path: Path, make_case: MakeCase, bad: Bad):
+    case = make_case("case1") | {"patient": "x", "label_values": list(VALUES)}
+    datalist = {"dataset": "ours", "modalities": list(MODALITIES), "root": str(tmp_path), "class_names": list(CLASSES)}
+    datalist["training"] = [case]
+    bad.do(tmp_path / "out", datalist)
+    (tmp_path / "list.json").write_text(json.dumps(datalist))
+    with pytest.raises(ValueError, match=bad.said):
+        write_nnunet(tmp_path / "list.json", tmp_path / "out")
+
+
 FILES_OF_ONE_CASE = (
     Bad("another sequence", lambda: {"t3": "x.nii"}, "files must give a path for one or more of"),
     Bad("a text instead of files", lambda: "x.nii", "files must give a path for .* got 'x.nii'"),
@@ -793,7 +884,19 @@ def test_bad_weights_are_refused_and_change_nothing(tmp_path: Path, bad: Bad):
 
 
 def test_the_documentation_has_them_all():
-    tables = (FILES, DATALISTS, TEXTS, FOLDERS, FILES_OF_ONE_CASE, RATES, PRESENCES, SETTINGS, WEIGHTS)
+    tables = (
+        FILES,
+        DATALISTS,
+        TEXTS,
+        FOLDERS,
+        LAYOUTS,
+        NNUNETS,
+        FILES_OF_ONE_CASE,
+        RATES,
+        PRESENCES,
+        SETTINGS,
+        WEIGHTS,
+    )
     text = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert [row.user for rows in tables for row in rows if f"| {row.user} | " not in text] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import Compose
 
+from passion_monai.datasets.cache import FileCacheDataset
+from passion_monai.datasets.datalist import read_datalist
+from passion_monai.evaluation.figures import _read_volume
 from passion_monai.transforms import (
     AlignModalitiesd,
     LabelsToClassesd,
@@ -222,3 +226,34 @@ def test_a_prediction_lies_on_the_grid_of_the_first_modality(
     written = nib.load(folder / "x_seg.nii.gz")
     np.testing.assert_allclose(written.affine, affine, atol=1e-3)
     assert np.array_equal(np.asarray(written.dataobj), classes)
+
+
+class TestVolumes:
+    """One volume of a 4-D file, by its number."""
+
+    def case(self, tmp_path: Path) -> dict[str, Any]:
+        path = write_nifti(tmp_path / "all.nii.gz", np.stack([volume(seed=0), volume(seed=1)], axis=-1), OBLIQUE)
+        return {"case": "x", "a": f"{path}[1]", "b": f"{path}[0]"}
+
+    def test_is_as_if_it_had_a_file_of_its_own(self, tmp_path: Path) -> None:
+        case = self.case(tmp_path)
+        single = {"case": "x"}
+        for name, seed in (("a", 1), ("b", 0)):
+            single[name] = str(write_nifti(tmp_path / f"{name}.nii.gz", volume(seed=seed), OBLIQUE))
+        loaded, expected = (LoadCased(MODALITIES)(given) for given in (case, single))
+        for name in MODALITIES:
+            assert torch.equal(loaded[name], expected[name])
+            assert torch.equal(loaded[name].affine, expected[name].affine)
+            for key in ("original_affine", "spatial_shape"):
+                assert np.array_equal(loaded[name].meta[key], expected[name].meta[key])
+            assert np.array_equal(_read_volume(case[name]), _read_volume(single[name]))
+
+    def test_counts_as_a_file_that_is_there_and_may_change(self, tmp_path: Path) -> None:
+        case = self.case(tmp_path) | {"label_values": [0, 1]}
+        content = {"dataset": "x", "modalities": list(MODALITIES), "root": str(tmp_path), "inference": [case]}
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        cases = read_datalist(tmp_path / "list.json", "inference", modalities=MODALITIES)
+        for seed in (0, 2):
+            write_nifti(tmp_path / "all.nii.gz", np.stack([volume(seed=seed + 1), volume(seed=seed)], axis=-1), OBLIQUE)
+            dataset = FileCacheDataset(cases, Compose([LoadCased(MODALITIES)]), cache_dir=tmp_path / "cache")
+            assert np.array_equal(dataset[0]["a"][0], volume(seed=seed))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from passion_monai.datasets import DatasetSpec
-from passion_monai.datasets.datalist import datalist_command
+from passion_monai.datasets.command import datalist_command, datalist_parser
 from passion_monai.datasets.discovery import Naming, discover_cases
 
 __all__ = ["SPEC", "discover", "main"]
@@ -41,8 +41,14 @@ SPEC = DatasetSpec(
 
 
 _NAMINGS = (
-    Naming("_", {"flair": "flair", "t1ce": "t1ce", "t1": "t1", "t2": "t2", "seg": "label"}, SPEC.label_values),
-    Naming("-", {"t2f": "flair", "t1c": "t1ce", "t1n": "t1", "t2w": "t2", "seg": "label"}, (0, 1, 2, 3)),
+    Naming(
+        {"{case}_flair": "flair", "{case}_t1ce": "t1ce", "{case}_t1": "t1", "{case}_t2": "t2", "{case}_seg": "label"},
+        SPEC.label_values,
+    ),
+    Naming(
+        {"{case}-t2f": "flair", "{case}-t1c": "t1ce", "{case}-t1n": "t1", "{case}-t2w": "t2", "{case}-seg": "label"},
+        (0, 1, 2, 3),
+    ),
 )
 _TIME_POINT = re.compile(r"(?P<patient>.+-\d+)-\d+")
 # Kaggle's copy of 2020 has one label under the name that the hospital gave it.
@@ -96,7 +102,8 @@ def _patient(case: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a datalist from the command line; see ``python -m passion_monai.datasets.brats --help``."""
-    datalist_command(argv, spec=SPEC, discover=discover, description=_DESCRIPTION, epilog=_EPILOG)
+    parser = datalist_parser(SPEC.name, sizes=SPEC.reference_split, description=_DESCRIPTION, epilog=_EPILOG)
+    datalist_command(parser, argv, find=lambda arguments: (SPEC, discover(arguments.root)))
 
 
 if __name__ == "__main__":

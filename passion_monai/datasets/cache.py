@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from passion_monai import __version__
 from passion_monai.faults import Fault, find_fault
-from passion_monai.files import make_folder, save_complete
+from passion_monai.files import make_folder, save_complete, split_volume
 
 __all__ = ["FileCacheDataset"]
 
@@ -103,7 +103,7 @@ class FileCacheDataset(PersistentDataset):
 
 def _hash_case(item: Item) -> bytes:
     """A hash of a case, the state of its files, and this package's version."""
-    files = [path for value in item.values() if isinstance(value, str) for path in _files(Path(value))]
+    files = [path for value in item.values() if isinstance(value, str) for path in _files(split_volume(value)[0])]
     states = [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in files)]
     return bytes(pickle_hashing([__version__, repr(sorted(item.items(), key=str)), states]))
 

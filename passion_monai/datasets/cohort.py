@@ -9,6 +9,7 @@ from typing import Any
 
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.datalist import (
+    UNLABELLED_SECTION,
     apply_presence,
     check_every_modality,
     datalist_presence,
@@ -18,6 +19,7 @@ from passion_monai.datasets.datalist import (
     write_datalist,
 )
 from passion_monai.datasets.discovery import strip_extension
+from passion_monai.files import split_volume
 from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence
 from passion_monai.transforms import LoadCased
@@ -147,24 +149,32 @@ def inference_cases(
     phantom: Mapping[str, Any],
     missing_rates: Sequence[float] | None,
     seed: int,
+    datalist: str | None = None,
+    section: str = UNLABELLED_SECTION,
 ) -> list[Case]:
-    """The cases to segment: one given by its files, those of a folder, or phantoms that lack modalities.
+    """The cases to segment: one given by its files, those of a datalist or folder, or phantoms that lack modalities.
 
     Args:
         dataset: name of the data set's layout.
-        dataset_dir: folder of the cases; None for phantoms.
+        dataset_dir: folder of the cases, or that a datalist's paths are relative to; None for phantoms.
         files: path per modality of a single case, and optionally its name as ``case``.
         output_dir: folder of the run.
         modalities: names of the M modalities.
         phantom: see :func:`prepare_datalist`.
         missing_rates: rates to simulate on the phantoms; None for complete ones. Real cases are taken as they are.
         seed: of the simulation.
+        datalist: path of a datalist.
+        section: which of its cases.
 
     Raises:
-        ValueError: when `files` names something else than modalities.
+        ValueError: when `files` names something else than modalities, or both `files` and a datalist are given.
     """
+    if files is not None and datalist is not None:
+        raise ValueError("Give files or datalist, not both.")
     if files is not None:
         return [_single_case(files, modalities)]
+    if datalist is not None:
+        return _without_labels(read_datalist(datalist, section, modalities=modalities, root=dataset_dir))
     if dataset_dir is not None:
         return _without_labels(discover(dataset, dataset_dir, keep_faulty=True))
     cases = _without_labels(discover(dataset, _phantom(dataset, output_dir, phantom)))
@@ -223,7 +233,7 @@ def _single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
     if not isinstance(files, Mapping) or set(files) - {*modalities, "case"} or not set(files) & set(modalities):
         raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {files!r}.")
     first = next(Path(files[name]) for name in modalities if name in files)
-    case = {"case": strip_extension(first.name), **files}
+    case = {"case": strip_extension(split_volume(first)[0].name), **files}
     if not isinstance(case["case"], str) or case["case"] != Path(case["case"]).name:
         raise ValueError(
             f"files: 'case' names the files to write and must be a name without folders, got {case['case']!r}."

@@ -3,20 +3,20 @@
 A case is a dictionary with the keys
 
 - ``case``: its id; ``patient``: whom it shows, which differs where a patient was scanned more than once;
-- one key per modality *that exists*, holding a path: a missing modality is a missing key;
+- one key per modality *that exists*, holding a path: a missing modality is a missing key. ``x.nii.gz[2]`` is the third
+  volume of a 4-D file;
 - ``label``: path of the label file, missing where there is none;
 - ``label_values``: the value of class 0, 1, ... in label files of this kind;
 - ``presence``: optionally the case's row of C, which may hide modalities that exist.
 
 A datalist is ``{"dataset", "modalities", "root", "training": [case, ...], "validation": [...], "test": [...]}`` with
-paths relative to ``root``. Cases without a label are in a fourth section, ``inference``.
+paths relative to ``root``. Cases without a label are in a fourth section, ``inference``. It may have ``class_names``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from passion_monai.datasets import DatasetSpec
 from passion_monai.faults import FAULT_KEY
-from passion_monai.files import complete_file
+from passion_monai.files import complete_file, split_volume
 from passion_monai.presence import check_presence
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "apply_presence",
     "check_every_modality",
     "check_modalities",
-    "datalist_command",
     "datalist_presence",
     "fold_cases",
     "modality_counts",
@@ -49,6 +48,7 @@ Case = dict[str, Any]
 SECTIONS = ("training", "validation", "test")
 UNLABELLED_SECTION = "inference"
 _HEADER_KEYS = ("dataset", "modalities", "root")
+_CLASSES_KEY = "class_names"  # which datalists may lack
 _CASE_KEYS = ("case", "patient", "label", "label_values", "presence")
 # What transforms add to a case, and what they make of the modalities.
 _SAMPLE_KEYS = ("image", "pred", "files", "slice", FAULT_KEY)
@@ -192,6 +192,7 @@ def write_datalist(
     """
     path, root = Path(path), Path(root)
     content: dict[str, Any] = {"dataset": spec.name, "modalities": list(spec.modalities), "root": str(root.resolve())}
+    content[_CLASSES_KEY] = list(spec.class_names)
     for section, cases in splits.items():
         content[section] = [_with_relative_paths(case, spec.modalities, root) for case in cases]
     with complete_file(path) as unfinished:
@@ -289,7 +290,7 @@ def read_datalist(
 
 def _check_root(where: str, cases: Sequence[Case], modalities: Sequence[str], root: Path) -> None:
     """Tell a wrong root, with which no case is complete, from single files that are missing."""
-    absent = [[case[key] for key in _file_keys(case, modalities) if not _exists(Path(case[key]))] for case in cases]
+    absent = [[case[key] for key in _file_keys(case, modalities) if not _exists(case[key])] for case in cases]
     if all(absent):
         raise FileNotFoundError(
             f"{where}: no case has all of its files; of {cases[0]['case']!r}, {absent[0][0]} does not exist. If the "
@@ -312,7 +313,7 @@ def _load(path: Path, section: str) -> dict[str, Any]:
     sections = (*SECTIONS, UNLABELLED_SECTION)
     if section not in sections:
         raise ValueError(f"section must be one of {list(sections)}, got {section!r}.")
-    if not set(_HEADER_KEYS) <= content.keys() <= {*_HEADER_KEYS, *sections}:
+    if not set(_HEADER_KEYS) <= content.keys() <= {*_HEADER_KEYS, _CLASSES_KEY, *sections}:
         raise ValueError(_shape_of_a_datalist(path, sorted(content)))
     if not _is_list_of(content["modalities"], str) or not isinstance(content["root"], str):
         raise ValueError(
@@ -396,9 +397,9 @@ def _with_absolute_paths(case: Case, modalities: Sequence[str], root: Path) -> C
     return case | {key: str(root / case[key]) for key in _file_keys(case, modalities)}
 
 
-def _exists(file: Path) -> bool:
+def _exists(path: str) -> bool:
     try:
-        return file.exists()
+        return split_volume(path)[0].exists()
     except OSError:  # such as a name that is too long
         return False
 
@@ -478,95 +479,3 @@ def modality_counts(cases: Sequence[Case], modalities: Sequence[str]) -> dict[st
     """How many of the cases have each modality."""
     counts = datalist_presence(cases, modalities).sum(axis=0).tolist()
     return dict(zip(modalities, counts, strict=True))
-
-
-def datalist_command(
-    argv: Sequence[str] | None,
-    *,
-    spec: DatasetSpec,
-    discover: Callable[[Path], list[Case]],
-    description: str,
-    epilog: str,
-) -> None:
-    """Command line of a dataset: find the cases below a folder, split them and write the datalist.
-
-    Args:
-        argv: the arguments; those of the process if None.
-        spec: the dataset.
-        discover: finds the dataset's cases.
-        description: what is found, for ``--help``.
-        epilog: examples, for ``--help``.
-    """
-    parser = _parser(spec, description, epilog)
-    arguments = parser.parse_args(argv)
-    lists = {section: getattr(arguments, f"{section}_ids") for section in SECTIONS}
-    try:
-        ids = {section: _read_ids(path) for section, path in lists.items() if path is not None}
-        cases = discover(arguments.root)
-        if arguments.fold is None:
-            splits = split_cases(cases, sizes=arguments.sizes, seed=arguments.seed, ids=ids or None)
-        else:
-            fold, folds = arguments.fold
-            splits = fold_cases(cases, fold=fold, folds=folds, seed=arguments.seed)
-        write_datalist(arguments.output, splits, spec=spec, root=arguments.root)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(_summary(cases, splits, spec))
-    print(f"Wrote {arguments.output}")
-
-
-def _parser(spec: DatasetSpec, description: str, epilog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m passion_monai.datasets.{spec.name}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--root", type=Path, required=True, help="folder that is searched, with all its subfolders")
-    parser.add_argument("--output", type=Path, required=True, help="datalist to write (.json)")
-    parser.add_argument(
-        "--sizes",
-        type=int,
-        nargs=len(SECTIONS),
-        default=spec.reference_split,
-        metavar=("TRAINING", "VALIDATION", "TEST"),
-        help="proportions of the drawn split, counted in patients (default: %(default)s, as in the paper)",
-    )
-    parser.add_argument(
-        "--fold",
-        type=int,
-        nargs=2,
-        metavar=("FOLD", "FOLDS"),
-        help="instead of --sizes: one fold of a cross-validation, counted from 0; its patients are the test section, "
-        "all others are trained on",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn split (default: %(default)s)")
-    for section in SECTIONS:
-        parser.add_argument(
-            f"--{section}-ids",
-            type=Path,
-            metavar="FILE",
-            help=f"text file with the {section} cases, one id a line, instead of drawing",
-        )
-    return parser
-
-
-def _read_ids(path: Path) -> list[str]:
-    ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not ids:
-        raise ValueError(f"{path} holds no case id, expected one a line.")
-    return ids
-
-
-def _summary(cases: Sequence[Case], splits: Mapping[str, Sequence[Case]], spec: DatasetSpec) -> str:
-    """What was found and where it went, to be printed."""
-    counts = {**modality_counts(cases, spec.modalities), "label": sum("label" in case for case in cases)}
-    unused = len(cases) - sum(map(len, splits.values()))
-    parts = {**{section: len(members) for section, members in splits.items()}, **({"unused": unused} if unused else {})}
-    return "\n".join(
-        [
-            f"Found {len(cases)} cases of {len({case['patient'] for case in cases})} patients",
-            *(f"  with {name}: {count}" for name, count in counts.items()),
-            "Split into " + ", ".join(f"{name} {count}" for name, count in parts.items()),
-        ]
-    )

@@ -1,8 +1,8 @@
-"""Finding the cases of a data set by the names of its files, for all data sets alike.
+"""Finding the cases of a data set by the names of its files, for all layouts alike.
 
-A file is called ``<case><separator><suffix>.nii[.gz]``, or has the extension of another format that is read; a modality
-may also be the folder of a DICOM series, called ``<case><separator><suffix>``. An extension may be in capitals. Images
-that are called otherwise are never left out in silence: one of them may be the modality that seems to be missing.
+A layout is a table of patterns, ``{case}_flair`` and the like; the extension is that of any format that is read, and
+may be in capitals. A modality may also be the folder of a DICOM series called so. Images that are called otherwise
+are never left out in silence: one of them may be the modality that seems to be missing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from passion_monai.faults import FAULT_KEY, Fault, raise_faults
+from passion_monai.files import volume_name
 
-__all__ = ["Naming", "discover_cases", "strip_extension"]
+__all__ = ["EXTENSIONS", "IMAGE_KEY", "Naming", "compile_pattern", "discover_cases", "strip_extension"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ _IMAGE = re.compile("|".join(f"{re.escape(extension)}$" for extension in EXTENSI
 _DICOM = re.compile(r"\.(dcm|ima)$", re.IGNORECASE)
 # How the name of an image ends that people derive from others, and that is no modality called differently.
 _DERIVED = re.compile(r"(mask|seg|label|lesion|roi|pred|prob)[a-z]*\d*$", re.IGNORECASE)
+IMAGE_KEY = "image"
+"""In a table of names, a file that holds several modalities."""
 _SHOWN = 5  # of the files that a message lists
 
 
@@ -38,20 +42,47 @@ def strip_extension(name: str) -> str:
 class Naming:
     """One way in which a data set's files are called.
 
+    In a pattern ``{case}`` stands for the case's id and ``*`` for anything but a slash. A pattern with a slash is about
+    the folders above the file too. Where several patterns fit a name, the one with the most letters of its own holds.
+
     Args:
-        separator: what stands between case and suffix.
-        keys: for each suffix the modality, or ``label``.
+        keys: for each pattern, without extension, the modality, or ``label``, or ``image`` for `volumes`.
         label_values: the value of each class in label files of this kind.
+        case: what ids look like, as a regular expression, where patterns alone would not tell.
+        second_choice: patterns of files that only count where the case has no other file for the key.
+        volumes: the modalities in a 4-D file, in the order of its last axis.
     """
 
-    separator: str
     keys: Mapping[str, str]
     label_values: tuple[int, ...]
+    case: str = "[^/]+"
+    second_choice: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
 
     def identify(self, stem: str) -> tuple[str, str] | None:
-        """Case and key of a file name without its extension; None if it is called otherwise."""
-        case, separator, suffix = stem.rpartition(self.separator)
-        return (case, self.keys[suffix]) if case and separator and suffix in self.keys else None
+        """Case and pattern of a path below the root, without its extension; None if it is called otherwise."""
+        for pattern, expression in self._expressions:
+            if match := expression.fullmatch(stem):
+                return match["case"], pattern
+        return None
+
+    @cached_property
+    def _expressions(self) -> list[tuple[str, re.Pattern[str]]]:
+        """The patterns, those that say most first."""
+        ordered = sorted(self.keys, key=lambda pattern: len(pattern.replace("{case}", "").replace("*", "")))
+        return [(pattern, compile_pattern(pattern, case=self.case)) for pattern in reversed(ordered)]
+
+
+def compile_pattern(pattern: str, **parts: str) -> re.Pattern[str]:
+    """What a pattern matches, as a regular expression over a path below the root.
+
+    Args:
+        pattern: with ``*`` for anything but a slash, and names in braces.
+        parts: for each name in braces, the regular expression of what it stands for.
+    """
+    places = {f"{{{name}}}": f"(?P<{name}>{expression})" for name, expression in parts.items()} | {"*": "[^/]*"}
+    pieces = re.split("(" + "|".join(map(re.escape, places)) + ")", pattern)
+    return re.compile("(?:.*/)?" + "".join(places.get(piece, re.escape(piece)) for piece in pieces))
 
 
 @dataclass(frozen=True)
@@ -60,8 +91,12 @@ class _File:
 
     path: Path
     case: str
-    key: str
+    pattern: str
     naming: Naming
+
+    @property
+    def key(self) -> str:
+        return self.naming.keys[self.pattern]
 
 
 def discover_cases(
@@ -87,7 +122,8 @@ def discover_cases(
         modalities: names of the M modalities, in their order.
         patient: whom a case shows, by its id.
         rename: the name, without extension, under which a file counts, for files that were released misnamed.
-        labels_apart: whether a case's label may lie in another folder than its images.
+        labels_apart: whether a case's label may lie in another folder than its images. What a pattern with a slash
+            fits may lie apart in any case.
         keep_faulty: keep cases whose files contradict each other, with the reason under the key ``fault`` and without
             files, instead of an error.
 
@@ -107,16 +143,13 @@ def discover_cases(
     found: dict[str, list[_File]] = {}
     unknown = []
     for path in _walk(root, namings):
-        stem = rename(strip_extension(path.name))
-        for naming in namings:
-            identity = naming.identify(stem)
-            if identity is not None:
-                found.setdefault(identity[0], []).append(_File(path, *identity, naming))
-                break
-        else:
+        file = _identify(path, root, namings, rename)
+        if file is None:
             unknown.append(path)
+        else:
+            found.setdefault(file.case, []).append(file)
     if not found:
-        names = [f"*{naming.separator}{suffix}.nii[.gz]" for naming in namings for suffix in naming.keys]
+        names = [f"{_shown(pattern)}.nii[.gz]" for naming in namings for pattern in naming.keys]
         raise FileNotFoundError(
             f"root {root} holds no {title} case; looked for files named {', '.join(dict.fromkeys(names))}, for "
             f"{', '.join(EXTENSIONS[2:])}, and for folders of a DICOM series; found {_first(unknown, root)}."
@@ -149,19 +182,21 @@ def _report_unknown(
     if not unknown:
         return
     names = "; ".join(
-        ", ".join(f"{naming.separator}{suffix} ({key})" for suffix, key in naming.keys.items()) for naming in namings
+        ", ".join(f"{_shown(pattern)} ({key})" for pattern, key in naming.keys.items()) for naming in namings
     )
     remedy = (
-        f"Names end in {names}, where capitals count. Rename the images that are one of these, or say which "
-        "file is what in a datalist (datalist of a bundle; files for a single patient)"
+        f"Names are {names}, where capitals count. Rename the images that are one of these, or say which file is what "
+        "in a datalist, which python -m passion_monai.datasets.patterns writes (files for a single patient)"
     )
     folders = {file.path.parent for file in known}
     doubtful = [path for path in unknown if path.parent in folders and not _DERIVED.search(strip_extension(path.name))]
-    absent = [name for name in modalities if name not in {file.key for file in known}]
+    there = {key for file in known for key in (file.naming.volumes if file.key == IMAGE_KEY else [file.key])}
+    absent = [name for name in modalities if name not in there]
     if doubtful and absent:
         raise ValueError(
             f"No case below {root} has {', '.join(absent)}, but there are {_first(doubtful, root)}, which are called "
-            f"like no modality. {remedy}; and move those that are none out of the folder."
+            f"like no modality. {remedy}; and move those that are none out of the folder, or do without the modality "
+            "(--without of that command)."
         )
     logger.warning(
         "Not used: below %s there are %s, which are called like no modality. %s; where they are none, such as masks, "
@@ -170,6 +205,11 @@ def _report_unknown(
         _first(unknown, root),
         remedy,
     )
+
+
+def _shown(pattern: str) -> str:
+    """A pattern as users would write it in a shell."""
+    return re.sub(r"\*+", "*", pattern.replace("{case}", "*"))
 
 
 def _first(paths: Sequence[Path], root: Path) -> str:
@@ -181,31 +221,39 @@ def _first(paths: Sequence[Path], root: Path) -> str:
 def _walk(root: Path, namings: Sequence[Naming]) -> Iterator[Path]:
     """All image files below ``root``, and folders of DICOM files or called like an image, in a stable order."""
     for folder, subfolders, names in os.walk(root, onerror=lambda error: logger.warning("Left out: %s", error)):
+        here = Path(folder)
         visible = sorted(name for name in subfolders if not name.startswith("."))
         for name in visible:
-            if (Path(folder) / name).is_symlink():
-                logger.warning("Left out: %s is a link, links to folders are not followed.", Path(folder) / name)
-        taken = [name for name in visible if _is_image(name, namings) or _is_series(Path(folder) / name, namings)]
+            if (here / name).is_symlink():
+                logger.warning("Left out: %s is a link, links to folders are not followed.", here / name)
+        taken = [name for name in visible if _is_taken(here / name, root, namings)]
         subfolders[:] = [name for name in visible if name not in taken]
         files = sorted(name for name in names if not name.startswith(".") and _IMAGE.search(name))
-        yield from (Path(folder) / name for name in [*taken, *files])
-        if any(_DICOM.search(name) for name in names) and not _identify(Path(folder).name, namings):
-            yield Path(folder)
+        yield from (here / name for name in [*taken, *files])
+        if any(_DICOM.search(name) for name in names) and _identify(here, root, namings) is None:
+            yield here
 
 
-def _is_image(name: str, namings: Sequence[Naming]) -> bool:
-    """Whether something, which ought to be no folder then, is called like the image of a modality."""
-    return bool(_IMAGE.search(name)) and _identify(strip_extension(name), namings)
+def _identify(path: Path, root: Path, namings: Sequence[Naming], rename: Callable[[str], str] = str) -> _File | None:
+    """What a file or folder is by its name; None if it is called like no modality or label."""
+    stem = rename(strip_extension(path.name))
+    relative = "" if path == root else (path.relative_to(root).parent / stem).as_posix()
+    for naming in namings:
+        if identity := naming.identify(relative or stem):
+            return _File(path, *identity, naming)
+    return None
 
 
-def _identify(stem: str, namings: Sequence[Naming]) -> bool:
-    """Whether a name without extension is that of a modality or label."""
-    return any(naming.identify(stem) for naming in namings)
+def _is_taken(folder: Path, root: Path, namings: Sequence[Naming]) -> bool:
+    """Whether a folder is called like a modality, and like a file, which it ought not to be then, or is its series."""
+    if _identify(folder, root, namings) is None:
+        return False
+    return bool(_IMAGE.search(folder.name)) or _is_series(folder)
 
 
-def _is_series(folder: Path, namings: Sequence[Naming]) -> bool:
-    """Whether a folder is called like a modality and holds files, none of them an image of another format."""
-    if folder.is_symlink() or not _identify(folder.name, namings):
+def _is_series(folder: Path) -> bool:
+    """Whether a folder holds files, none of them an image of another format."""
+    if folder.is_symlink():
         return False
     content = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return bool(content) and all(path.is_file() and not _IMAGE.search(path.name) for path in content)
@@ -213,27 +261,40 @@ def _is_series(folder: Path, namings: Sequence[Naming]) -> bool:
 
 def _paths(case: str, files: Sequence[_File], *, labels_apart: bool) -> dict[str, str]:
     """Path of each key of a case, after a check that the files fit together."""
-    together = [file for file in files if not (labels_apart and file.key == "label")]
+    together = [file for file in files if "/" not in file.pattern and not (labels_apart and file.key == "label")]
     folders = sorted({str(file.path.parent) for file in together})
     if len(folders) > 1:
         raise ValueError(
             f"Case {case!r} lies in {len(folders)} folders, {', '.join(folders)}; keep one or change root."
         )
-    if len({file.naming.separator for file in files}) > 1:
+    if len({id(file.naming) for file in files}) > 1:
         names = sorted(file.path.name for file in files)
         raise ValueError(f"Case {case!r} mixes the namings of different years in {folders[0]}: {', '.join(names)}.")
     paths: dict[str, str] = {}
-    for file in files:
+    for file in _first_choice(files):
         if file.key in paths:
             raise ValueError(
                 f"Case {case!r} has two files for {file.key}, {paths[file.key]} and {file.path}; remove one."
             )
-        # Not exists(): reading a pipe would wait for ever.
-        if not (file.path.is_file() or file.path.is_dir()):
-            raise ValueError(f"Case {case!r}: {file.path} is a broken link or no file; restore or remove it.")
-        if file.path.is_dir() and _IMAGE.search(file.path.name):
-            raise ValueError(f"Case {case!r}: {file.path} is a folder, not a file; move the file in it to its place.")
+        _check_file(case, file.path)
         paths[file.key] = str(file.path)
     if paths.keys() == {"label"}:
         raise ValueError(f"Case {case!r} has a label but no image, only {paths['label']}; move it out of root.")
+    if IMAGE_KEY in paths:
+        whole = paths.pop(IMAGE_KEY)
+        paths |= {name: volume_name(whole, index) for index, name in enumerate(files[0].naming.volumes)}
     return paths
+
+
+def _first_choice(files: Sequence[_File]) -> list[_File]:
+    """The files without those that only stand in for others that are there."""
+    found = {file.key for file in files if file.pattern not in file.naming.second_choice}
+    return [file for file in files if file.pattern not in file.naming.second_choice or file.key not in found]
+
+
+def _check_file(case: str, path: Path) -> None:
+    # Not exists(): reading a pipe would wait for ever.
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"Case {case!r}: {path} is a broken link or no file; restore or remove it.")
+    if path.is_dir() and _IMAGE.search(path.name):
+        raise ValueError(f"Case {case!r}: {path} is a folder, not a file; move the file in it to its place.")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from passion_monai.datasets import DatasetSpec
-from passion_monai.datasets.datalist import datalist_command
+from passion_monai.datasets.command import datalist_command, datalist_parser
 from passion_monai.datasets.discovery import Naming, discover_cases
 
 __all__ = ["SPEC", "discover", "main"]
@@ -45,8 +45,14 @@ SPEC = DatasetSpec(
     reference_split=(20, 0, 5),
 )
 
-_KEYS = {"C0": "bssfp", "DE": "lge", "LGE": "lge", "T2": "t2", "gd": "label"}
-_NAMINGS = (Naming("_", _KEYS, SPEC.label_values),)
+_KEYS = {
+    "{case}_C0": "bssfp",
+    "{case}_DE": "lge",
+    "{case}_LGE": "lge",
+    "{case}_T2": "t2",
+    "{case}_gd": "label",
+}
+_NAMINGS = (Naming(_KEYS, SPEC.label_values),)
 
 _DESCRIPTION = """\
 Find the cases of a MyoPS data set and write a datalist: a JSON file that says which case has which
@@ -81,7 +87,8 @@ def discover(root: str | Path, *, keep_faulty: bool = False) -> list[dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a datalist from the command line; see ``python -m passion_monai.datasets.myops --help``."""
-    datalist_command(argv, spec=SPEC, discover=discover, description=_DESCRIPTION, epilog=_EPILOG)
+    parser = datalist_parser(SPEC.name, sizes=SPEC.reference_split, description=_DESCRIPTION, epilog=_EPILOG)
+    datalist_command(parser, argv, find=lambda arguments: (SPEC, discover(arguments.root)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any
 
 import nibabel as nib
 
+from passion_monai.files import split_volume
+
 __all__ = ["PHANTOM_MARK", "is_phantom"]
 
 PHANTOM_MARK = "PHANTOM, not a patient"
@@ -15,7 +17,7 @@ PHANTOM_MARK = "PHANTOM, not a patient"
 
 def is_phantom(path: str | Path) -> bool:
     """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
-    path = Path(path)
+    path, _ = split_volume(path)
     if not path.name.lower().endswith(".nii.gz"):
         return False
     image: Any = nib.load(path)

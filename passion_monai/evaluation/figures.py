@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
 from passion_monai.evaluation.tables import read_scores
+from passion_monai.files import split_volume
 from passion_monai.presence import parse_combination
 
 __all__ = ["main", "plot_combinations", "plot_overlay", "plot_prediction", "plot_training"]
@@ -180,7 +181,9 @@ def _classes(volume: NDArray, values: Sequence[int]) -> NDArray:
 
 def _read_volume(path: str | Path) -> NDArray:
     """A NIfTI volume with axes to the right, to the front and up."""
-    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+    file, volume = split_volume(path)
+    voxels = np.asarray(nib.as_closest_canonical(nib.load(file)).dataobj)
+    return voxels if volume is None else voxels[..., volume]
 
 
 def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None:

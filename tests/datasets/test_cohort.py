@@ -180,10 +180,27 @@ class TestInferenceCases:
         cases = self.cases(dataset_dir=str(run_dir / "phantom"), missing_rates=[0.5] * 4)
         assert datalist_presence(cases, MODALITIES).all()
 
+    @pytest.mark.parametrize("section", ["test", "validation"])
+    def test_a_section_of_a_datalist_may_be_given(self, run_dir: Path, section: str):
+        datalist = run_dir / "datalist.json"
+        cases = self.cases(datalist=str(datalist), section=section)
+        assert [case["case"] for case in cases] == [case["case"] for case in json.loads(datalist.read_text())[section]]
+        assert not any("label" in case for case in cases)
+
+    def test_a_datalist_may_have_moved(self, run_dir: Path, tmp_path: Path):
+        shutil.copytree(run_dir / "phantom", tmp_path / "moved")
+        given = {"datalist": str(run_dir / "datalist.json"), "section": "test", "dataset_dir": str(tmp_path / "moved")}
+        assert all(Path(case["t1"]).is_relative_to(tmp_path / "moved") for case in self.cases(**given))
+
+    def test_refuses_files_and_a_datalist_together(self):
+        with pytest.raises(ValueError, match="Give files or datalist, not both"):
+            self.cases(files={"t2": "b.nii.gz"}, datalist="list.json")
+
     def test_a_single_case_is_named_after_its_first_file(self):
         assert self.cases(files={"t2": "/data/b_t2.nii.gz", "t1": "/data/b_t1.nii"})[0]["case"] == "b_t1"
         assert self.cases(files={"t2": "/data/b_t2.nii.gz", "case": "Jo"})[0]["case"] == "Jo"
         assert self.cases(files={"t2": "/data/b_t2.nrrd"})[0]["case"] == "b_t2"
+        assert self.cases(files={"t2": "/data/b.nii.gz[1]"})[0]["case"] == "b"
         assert self.cases(files={"t2": "/data/series.1"})[0]["case"] == "series.1"
 
     @pytest.mark.parametrize("files", [{}, {"case": "x"}, {"t3": "a.nii"}, {"t1": "a.nii", "label": "b.nii"}])

@@ -217,7 +217,7 @@ class TestWrite:
         assert read_datalist(path, "training", modalities=MODALITIES) == [x]
         assert read_datalist(path, "validation", modalities=MODALITIES) == [y]
         content = json.loads(path.read_text())
-        assert list(content) == ["dataset", "modalities", "root", "training", "validation", "test"]
+        assert list(content) == ["dataset", "modalities", "root", "class_names", "training", "validation", "test"]
         assert content["dataset"] == "toy"
         assert content["modalities"] == list(MODALITIES)
         assert content["root"] == str(root.resolve())

@@ -9,7 +9,7 @@ import pytest
 
 from passion_monai.datasets.discovery import Naming, discover_cases
 
-NAMING = Naming("_", {"a": "a", "b": "b", "seg": "label"}, (0, 1))
+NAMING = Naming({"{case}_a": "a", "{case}_b": "b", "{case}_seg": "label"}, (0, 1))
 
 
 def discover(root: Path) -> list[dict[str, object]]:
@@ -84,7 +84,7 @@ class TestOtherNames:
         assert (
             "there are 7 other image(s): x/x_a0.nii, x/x_a1.nii, x/x_a2.nii, x/x_a3.nii, x/x_a4.nii, ..." in caplog.text
         )
-        assert "Names end in _a (a), _b (b), _seg (label)" in caplog.text
+        assert "Names are *_a (a), *_b (b), *_seg (label)" in caplog.text
         assert "in a datalist" in caplog.text
 
     def test_nothing_is_said_where_all_are_known(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
