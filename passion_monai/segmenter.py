@@ -1,0 +1,141 @@
+"""Segmentation from Python, by a bundle's own inference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+
+from passion_monai.datasets.cohort import inference_cases
+from passion_monai.faults import FaultReport
+
+__all__ = ["Segmentation", "Segmenter"]
+
+Image = str | Path | nib.spatialimages.SpatialImage | MetaTensor
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What is predicted for a patient.
+
+    Attributes:
+        label: the label image, with the affine of the first sequence present.
+        record: what the command writes as JSON: sequences used and missing, volumes, expected scores.
+        probabilities: those of the classes, along the last axis, where they were asked for.
+    """
+
+    label: nib.Nifti1Image
+    record: dict[str, Any]
+    probabilities: nib.Nifti1Image | None
+
+
+class Segmenter:
+    """Segments patients from whatever sequences they have, as ``monai.bundle run`` does with the same bundle.
+
+    It runs the bundle's inference workflow, so the voxels are the same; the network is built once.
+
+    Args:
+        bundle: folder of the bundle.
+        ids: anything that can be set in its ``inference.yaml``, such as ``ckpt_path``, ``device`` or
+            ``save_probabilities=True``.
+
+    Raises:
+        FileNotFoundError: when the folder is no bundle.
+        ValueError: when there is no such id.
+
+    Example:
+        ``segmenter = Segmenter("bundles/brats_rfnet_passion")``, and then
+        ``segmenter({"flair": "f.nii.gz", "t1": "t1.nii.gz"}).label.to_filename("seg.nii.gz")``.
+    """
+
+    def __init__(self, bundle: str | Path, **ids: Any) -> None:
+        config = Path(bundle) / "configs" / "inference.yaml"
+        if not config.is_file():
+            raise FileNotFoundError(f"{config} does not exist; give the folder of a bundle.")
+        self._folder = Path(tempfile.mkdtemp(prefix="segmenter"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._parser = ConfigParser()
+        self._parser.read_config(str(config))
+        known: dict[str, Any] = self._parser.config  # type: ignore[assignment]
+        unknown = [name for name in ids if name.split("::")[0] not in known]
+        if unknown:
+            raise ValueError(f"{config} has no {unknown}; it has {sorted(known)}.")
+        fixed = {"bundle_root": str(Path(bundle).resolve()), "output_dir": str(self._folder), "num_workers": 0}
+        self._parser.update({**fixed, **ids, "dataset::data": [{}]})  # one patient at a time
+        for checks in ("settings", "inference_settings", "kept_memory"):
+            self._parser.get_parsed_content(checks)
+
+    def __call__(self, images: Mapping[str, Image]) -> Segmentation:
+        """Segment one patient.
+
+        Args:
+            images: of each sequence that there is, by its name, a path (of a file or of the folder of a DICOM series),
+                a nibabel image, or a MetaTensor [H, W, D] or [1, H, W, D].
+
+        Raises:
+            ValueError: when a name is none of the bundle's sequences, or an image cannot be used; the message says
+                which and why.
+        """
+        files = {name: str(self._path(name, image)) for name, image in images.items()}
+        (case,) = inference_cases(files=files | {"case": "patient"}, **self._cohort())
+        self._run(case)
+        return self._read()
+
+    def _cohort(self) -> dict[str, Any]:
+        nothing = ("dataset_dir", "phantom", "missing_rates")
+        return {
+            "dataset": "",
+            "output_dir": str(self._folder),
+            "modalities": self._parser.get_parsed_content("modalities"),
+            "seed": 0,
+            **dict.fromkeys(nothing),
+        }
+
+    def _run(self, case: dict[str, Any]) -> None:
+        faults: FaultReport = self._parser.get_parsed_content("faults")
+        evaluator = self._parser.get_parsed_content("evaluator")
+        self._parser.get_parsed_content("dataset").data = [case]
+        try:
+            faults.run(evaluator)
+        except ValueError as error:
+            if not faults.faults:
+                raise
+            raise ValueError(faults.faults[0].reason) from error
+
+    def _path(self, name: str, image: Image) -> str | Path:
+        """Where an image lies, after it was written if need be."""
+        if isinstance(image, (str, Path)):
+            return image
+        if isinstance(image, MetaTensor):
+            voxels = image.as_tensor().detach().cpu().to(torch.float32).numpy()
+            image = nib.Nifti1Image(voxels.reshape(voxels.shape[-3:]), image.affine.cpu().numpy())
+        path = self._folder / f"{name}.nii.gz"
+        nib.save(image, path)
+        return path
+
+    def _read(self) -> Segmentation:
+        folder = self._folder / "predictions"
+        record = json.loads((folder / "patient_seg.json").read_text(encoding="utf-8"))
+        probabilities = folder / "patient_prob.nii.gz"
+        return Segmentation(
+            _in_memory(folder / "patient_seg.nii.gz"),
+            record,
+            _in_memory(probabilities) if probabilities.is_file() else None,
+        )
+
+
+def _in_memory(path: Path) -> nib.Nifti1Image:
+    """An image that does not need its file any more."""
+    image: Any = nib.load(path)
+    return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header)

@@ -1,0 +1,50 @@
+"""Segmentation from Python gives what the bundle's command gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.data import MetaTensor
+
+from passion_monai import Segmenter
+from passion_monai.datasets import discover
+
+
+@pytest.mark.two_bundles
+def test_it_gives_what_the_command_gives(bundle: Any, trained: Path, tmp_path: Path):
+    case = next(iter(discover(bundle.dataset, trained / "phantom")))
+    names = [name for name in ("flair", "t1", "lge", "bssfp") if name in case][:2]
+    files = {name: str(case[name]) for name in names}
+    network = {name: value for name, value in bundle.small.items() if name.startswith("network_def::")}
+    ids = {"ckpt_path": str(trained / "models" / "model.pt"), "save_probabilities": True}
+    bundle.succeed(
+        "inference", output_dir=tmp_path, files={**files, "case": "patient"}, spacing=None, roi_size=None, **ids
+    )
+    segmenter = Segmenter(bundle.folder, **ids, **network)
+    images = {name: nib.load(path) for name, path in files.items()}
+    tensors = {name: MetaTensor(image.get_fdata(), affine=image.affine) for name, image in images.items()}
+    for given in (files, images, tensors):
+        result = segmenter(given)
+        for image, kind in ((result.label, "seg"), (result.probabilities, "prob")):
+            written = nib.load(tmp_path / "predictions" / f"patient_{kind}.nii.gz")
+            assert np.array_equal(image.dataobj, written.dataobj)
+            np.testing.assert_array_equal(image.affine, written.affine)
+        record = json.loads((tmp_path / "predictions" / "patient_seg.json").read_text())
+        assert {**result.record, "files": None} == {**record, "files": None}
+    alone = segmenter({names[0]: files[names[0]]})
+    assert alone.record["modalities_used"] == names[:1]
+
+
+def test_what_is_wrong_is_said(one_bundle: Any, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"inference\.yaml does not exist; give the folder of a bundle"):
+        Segmenter(tmp_path)
+    with pytest.raises(ValueError, match=r"has no \['checkpoint'\]"):
+        Segmenter(one_bundle.folder, checkpoint="x")
+    segmenter = Segmenter(one_bundle.folder, ckpt_path=str(tmp_path / "model.pt"))
+    with pytest.raises(ValueError, match="files must give a path for one or more of"):
+        segmenter({"pet": "x.nii.gz"})
