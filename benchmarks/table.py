@@ -21,19 +21,6 @@ import pandas as pd
 from benchmarks.train_step import MISSING_RATES
 
 BACKBONES = ("rfnet", "mmformer", "m2ftrans")
-AUTHORS = pd.DataFrame(
-    {
-        "calibrators": [970, 700, 900],
-        "peak_rss_gib": [15, 9.1, 11.5],
-        "step_seconds": [19.5, 15, 16],
-        "volume_seconds": [64, 42, 64],
-    },
-    index=BACKBONES,
-)
-"""The authors' code on another computer, with the C library's default allocator, whatever is missing: a training step
-on one thread, and seconds on two threads."""
-# Their volume was timed on two threads only: as many calibrators as if it gained from the second what their step did.
-AUTHORS["volume_calibrators"] = AUTHORS["volume_seconds"] * AUTHORS["calibrators"] / AUTHORS["step_seconds"]
 
 
 def commands() -> Iterator[list[str]]:
@@ -42,6 +29,8 @@ def commands() -> Iterator[list[str]]:
         yield [*step_of(backbone), "--allocator", allocator, "--present", str(present)]
     for allocator, backbone, present in itertools.product(("kept", "default"), BACKBONES, (4, 1)):
         yield [*volume_of(backbone), "--allocator", allocator, "--present", str(present)]
+    for allocator, backbone in itertools.product(("kept", "default"), BACKBONES):
+        yield [*step_of(backbone), "--allocator", allocator, "--form", "dense"]
     for backbone in BACKBONES:
         for size in (48, 64):
             yield [*step_of(backbone), "--size", str(size), "--present", "2"]
@@ -91,26 +80,24 @@ def weighted_mean(values: pd.Series) -> float:
 
 
 def step_table(rows: pd.DataFrame, allocator: str, objective: str) -> pd.DataFrame:
-    """Calibrators of a training step by the number of modalities present, their mean, and the authors'."""
-    chosen = rows[(rows.allocator == allocator) & (rows.objective == objective) & (rows["size"] == 80)]
-    chosen = chosen[chosen.checkpointing == False]  # noqa: E712
-    table = chosen.pivot(index="backbone", columns="present", values="calibrators")
+    """CPU seconds of a step by the number of modalities present, their mean, and the dense form's, of one run."""
+    rows = rows[(rows.allocator == allocator) & (rows.objective == objective) & (rows["size"] == 80)]
+    rows = rows[~rows.checkpointing.astype(bool)]
+    chosen = rows[rows.form == "sparse"]
+    table = chosen.pivot(index="backbone", columns="present", values="cpu_seconds")
     table["mean"] = table.apply(weighted_mean, axis=1)
     table["GiB, 4"] = chosen[chosen.present == 4].set_index("backbone")["peak_rss_gib"]
     table["GiB, 1"] = chosen[chosen.present == 1].set_index("backbone")["peak_rss_gib"]
-    table["authors'"] = AUTHORS["calibrators"]
-    table["ratio"] = table["authors'"] / table["mean"]
+    table["dense"] = rows[rows.form == "dense"].set_index("backbone")["cpu_seconds"]
+    table["times faster"] = table["dense"] / table["mean"]
     return table.loc[list(BACKBONES)]
 
 
 def volume_table(rows: pd.DataFrame, allocator: str) -> pd.DataFrame:
-    """Calibrators of a volume by the number of modalities present, and the authors' by their step's."""
+    """CPU seconds of a volume by the number of modalities present."""
     chosen = rows[(rows.allocator == allocator) & ~rows.combinations.astype(bool)]
     chosen = chosen[chosen.volume.map(tuple) == (160, 192, 144)]
-    table = chosen.pivot(index="backbone", columns="present", values="calibrators")
-    table["authors'"] = AUTHORS["volume_calibrators"]
-    for present in (4, 1):
-        table[f"ratio, {present}"] = table["authors'"] / table[present]
+    table = chosen.pivot(index="backbone", columns="present", values="cpu_seconds")
     return table.loc[list(BACKBONES)]
 
 
@@ -124,10 +111,10 @@ def main() -> None:
     steps = rows[rows.command.str.startswith("train_step")]
     volumes = rows[rows.command.str.startswith("inference")]
     for allocator, objective in (("kept", "released"), ("default", "released"), ("kept", "paper")):
-        print(f"\nTraining step, {objective} objective, {allocator} allocator: calibrators\n")
+        print(f"\nTraining step, {objective} objective, {allocator} allocator: CPU seconds\n")
         print(step_table(steps, allocator, objective).to_string(float_format="{:.3g}".format))
     for allocator in ("kept", "default"):
-        print(f"\nVolume of 160 x 192 x 144, {allocator} allocator: calibrators\n")
+        print(f"\nVolume of 160 x 192 x 144, {allocator} allocator: CPU seconds\n")
         print(volume_table(volumes, allocator).to_string(float_format="{:.3g}".format))
     print("\nAll measurements\n")
     columns = ["command", "seconds", "cpu_seconds", "calibrators", "peak_rss_gib", "flops", "fraction_of_conv_peak"]
