@@ -148,6 +148,7 @@ def contributions(scores: pd.DataFrame, metric: str, *, modalities: Sequence[str
     presence = combinations(len(modalities))
     rows = []
     for index, modality in enumerate(modalities):
+        # Pairs of combinations, of which the second is the first and this modality.
         without = [row for row in presence if not row[index]]
         names = [combination_name(row, modalities) for row in without]
         more = [combination_name(row | (np.arange(len(row)) == index), modalities) for row in without]
@@ -216,6 +217,7 @@ def _estimates(
 def _array(case_scores: pd.Series) -> NDArray[np.float64]:
     """[N, R, C]: cases that have a score, regions, combinations; NaN where a case does not have one."""
     case_scores = case_scores.dropna()
+    # Every case with every region and combination, so that the table is a box; what is not there becomes NaN.
     levels = [case_scores.index.unique(level) for level in ("case", "region", "combination")]
     index = pd.MultiIndex.from_product(levels)
     table = case_scores.swaplevel("combination", "region").reindex(index)
@@ -229,6 +231,7 @@ def _mean(array: NDArray[np.float64]) -> float:
 def _mean_of_means(array: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over cases with weights [..., N], then over combinations, then over regions; NaN is left out of each."""
     there = ~np.isnan(array)
+    # Of each region and combination, over the cases that have a score there: [..., R, C].
     totals, counts = (np.tensordot(weights, values, axes=1) for values in (np.where(there, array, 0), there))
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
@@ -242,6 +245,9 @@ def _interval(array: NDArray[np.float64], *, level: float = 0.95, seed: int = 0)
         return np.nan, np.nan
 
     def statistic(drawn: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
+        # A row is a resample: which cases were drawn. Its weights are how often each of them was: a mean with these
+        # weights needs no copy of the scores. Resample r counts in its own cells, r * number and those that follow,
+        # so that one bincount serves all.
         rows = np.moveaxis(drawn, axis, -1).astype(int).reshape(-1, number)
         cells = rows + number * np.arange(len(rows))[:, None]
         weights = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)
@@ -278,7 +284,7 @@ def _comparison(combination: Hashable, region: Hashable, differences: pd.Series)
 def _wilcoxon(differences: NDArray[np.float64]) -> float:
     if not differences.size:
         return np.nan
-    others = differences[differences != 0]
+    others = differences[differences != 0]  # Wilcoxon's own way with zeros
     return float(stats.wilcoxon(others).pvalue) if others.size else 1.0
 
 
