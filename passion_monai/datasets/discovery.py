@@ -190,8 +190,7 @@ def _report_unknown(
     )
     folders = {file.path.parent for file in known}
     doubtful = [path for path in unknown if path.parent in folders and not _DERIVED.search(strip_extension(path.name))]
-    there = {key for file in known for key in (file.naming.volumes if file.key == IMAGE_KEY else [file.key])}
-    absent = [name for name in modalities if name not in there]
+    absent = [name for name in modalities if name not in {file.key for file in known}]
     if doubtful and absent:
         raise ValueError(
             f"No case below {root} has {', '.join(absent)}, but there are {_first(doubtful, root)}, which are called "

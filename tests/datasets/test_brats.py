@@ -302,6 +302,19 @@ class TestCommand:
         counts = ", ".join(f"{section} {len(cases)}" for section, cases in sections.items())
         assert f"Split into {counts}\n" in printed
 
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_says_how_to_train(
+        self, cohort: Path, tmp_path: Path, complete: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Sequences are hidden of complete cases only."""
+        if complete:
+            (cohort / "BraTS-GLI-00000-000" / "BraTS-GLI-00000-000-t2w.nii.gz").touch()
+        main(["--root", str(cohort), "--output", str(tmp_path / "list.json"), "--sizes", "1", "0", "0"])
+        said = capsys.readouterr().out
+        assert "run training --config_file bundles/brats_mmformer_passion/configs/train.yaml" in said
+        assert said.endswith(f"{'' if complete else ' --simulate_missing False'}\n")
+        assert "--modalities" not in said
+
     def test_same_arguments_same_file(self, cohort: Path, tmp_path: Path) -> None:
         texts = []
         for seed in ("0", "0", "1"):

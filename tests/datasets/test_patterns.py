@@ -254,6 +254,13 @@ class TestCommand:
         }
         assert len(read_datalist(tmp_path / "my list.json", "test", modalities=["it's"])) == 1
 
+    def test_hides_nothing_of_complete_cases(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Unlike for BraTS, where that is the paper's experiment."""
+        for name in BRAINS["ucsf_pdgm"]:
+            write(tmp_path / "data" / f"{name}.nii.gz")
+        words, _ = self.run(tmp_path, capsys, "--layout", "ucsf_pdgm")
+        assert words[-2:] == ["--simulate_missing", "False"]
+
     def test_says_how_to_segment_what_has_no_label(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write(tmp_path / "data" / "UPENN-GBM-00001_11_T1.nii.gz")
         words, _ = self.run(tmp_path, capsys, "--layout", "upenn_gbm")
