@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Bundle:
     @property
     def small(self) -> dict[str, Any]:
         network = SMALL_NETWORKS.get(self.name.split("_")[1], {})
-        grid = SMALL_GRIDS[self.dataset]
+        grid = copy.deepcopy(SMALL_GRIDS[self.dataset])  # a configuration writes into what it is given
         return {"num_workers": 0, **grid, **{f"network_def::{name}": value for name, value in network.items()}}
 
     def config(self, *workflows: str) -> str:
