@@ -45,6 +45,14 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     np.testing.assert_array_equal(list(rows.values()), [[False, True], [True, False]])
 
 
+PASSION = {
+    "objective": "passion",
+    "modality_dropout": False,
+    "lambda_pixel": 0.5,
+    "lambda_prototype": 0.1,
+    "use_task_mask": True,
+    "adaptive_beta": True,
+}
 SETTINGS = {
     "phantom": False,
     "dataset": "brats",
@@ -54,13 +62,8 @@ SETTINGS = {
     "regions": {"whole": [1]},
     "missing_rates": None,
     "seed": 0,
-    "objective": "passion",
-    "modality_dropout": False,
-    "lambda_pixel": 0.5,
-    "lambda_prototype": 0.1,
-    "use_task_mask": True,
-    "adaptive_beta": True,
     "epochs": 1,
+    **PASSION,
 }
 BUNDLE_GRID: dict[str, Any] = {"spacing": (1.0, 1.0), "roi_size": (80, 80)}
 
@@ -83,16 +86,6 @@ class TestTrainedGrid:
         (tmp_path / "run.json").write_text("{", encoding="utf-8")
         with pytest.raises(ValueError, match=r"run\.json cannot be read as JSON"):
             trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID)
-
-
-PASSION = {
-    "objective": "passion",
-    "modality_dropout": False,
-    "lambda_pixel": 0.5,
-    "lambda_prototype": 0.1,
-    "use_task_mask": True,
-    "adaptive_beta": True,
-}
 
 
 @pytest.mark.parametrize(
