@@ -49,8 +49,7 @@ OVERLAYS = {
         "torchrun --nproc_per_node=8 -m monai.bundle run training --config_file \"['{train}','{path}']\"",
     ),
 }
-
-
+# Of a configuration, in this order; how a fragment is divided into them.
 PARTS = {
     "settings": "Settings",
     "pipeline": "Pipeline",
@@ -94,17 +93,15 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
         f"#   {command.format(path=path.format(workflow), **{name: path.format(name) for name in WORKFLOWS})}\n"
         "# Every id below can be overridden in the same way. Made from fragments by `make bundles`: do not edit.\n"
     )
-    names = [workflow]
+    paths = [_fragment(workflow, phantom=phantom)]
     if workflow in WORKFLOWS:
         dataset, backbone = _parts(bundle)
-        names = [dataset, f"{dataset}_grid", backbone, "common", workflow]
-    paths = [_fragment(name, phantom=phantom) for name in names]
+        names = (dataset, f"{dataset}_grid", backbone, "common")
+        paths = [bundle / "bundle.yaml", *(_fragment(name, phantom=phantom) for name in names), *paths]
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    if workflow in WORKFLOWS:
-        own = bundle / "bundle.yaml"
-        texts = {own: own.read_text(encoding="utf-8"), **texts}
-        if workflow != "train":
-            texts[paths[1]] = _weights_grid(texts[paths[1]])
+    if workflow in ("evaluate", "inference"):
+        grid = _fragment(f"{dataset}_grid", phantom=phantom)
+        texts[grid] = _weights_grid(texts[grid])
     _check_keys(texts)
     return banner + "".join(_in_order([*texts.values()]))
 
@@ -165,8 +162,10 @@ def _facts(bundle: Path, *, phantom: bool) -> dict[str, Any]:
     facts["release"] = f"{__version__}-phantom"
     facts["version"] = facts["release"] if phantom else __version__
     facts["phantom"] = phantom
-    facts["weights"] = None if phantom else _json(bundle / "weights.json")
-    facts["expected"] = None if phantom else _json(bundle / "evaluation" / "expected_scores.json")
+    facts["weights"] = facts["expected"] = None
+    if not phantom and (bundle / "weights.json").is_file():
+        facts["weights"] = _json(bundle / "run.json") | _json(bundle / "weights.json")
+        facts["expected"] = _json(bundle / "evaluation" / "expected_scores.json")
     facts["method_reference"] = (
         "J. Shi et al., PASSION: Towards Effective Incomplete Multi-Modal Medical Image Segmentation with Imbalanced "
         "Missing Rates, ACM MM 2024, https://doi.org/10.1145/3664647.3681543"
@@ -223,7 +222,7 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _weights_in_brief(facts: Mapping[str, Any]) -> str:

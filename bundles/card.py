@@ -12,8 +12,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """The section, or nothing where a bundle has no such weights.
 
     Args:
-        facts: those of a bundle's documents, with `weights`, what `weights.json` says, and `expected`, the scores that
-            are told with predictions.
+        facts: those of a bundle's documents, with `weights`, what their training was and which cases it had, and
+            `expected`, the scores that are told with predictions.
     """
     weights = facts["weights"]
     if weights is None:

@@ -66,7 +66,6 @@ def train_weights(source: Path) -> None:
 def put_weights(source: Path, run: Path, folds: Sequence[Path]) -> None:
     """Put the weights of a training on patients into a bundle, and the scores that its cross-validation had."""
     runs = read_runs([str(fold) for fold in folds])
-    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
     cases = json.loads((run / "presence.json").read_text(encoding="utf-8"))["cases"]
     weights, scores = source / "models" / "model.pt", pooled_scores(runs)
     weights.parent.mkdir(exist_ok=True)
@@ -74,8 +73,7 @@ def put_weights(source: Path, run: Path, folds: Sequence[Path]) -> None:
     shutil.copy(run / "run.json", source)
     data = f"Cross-validation in {len(runs)} folds on {scores['case'].nunique()} cases, by trainings of the same kind"
     write_expected_scores(source / "evaluation" / FILE_NAME, scores, weights_sha256=checksum(weights), data=data)
-    card = settings | {"cases": sorted(cases), "sha256": checksum(weights)}
-    (source / "weights.json").write_text(json.dumps(card, indent=4) + "\n", encoding="utf-8")
+    (source / "weights.json").write_text(json.dumps({"cases": sorted(cases)}, indent=4) + "\n", encoding="utf-8")
 
 
 def pack(source: Path, wheel: Path) -> Path:

@@ -17,7 +17,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from passion_monai.datasets.cohort import inference_cases
+from passion_monai.datasets.cohort import single_case
 from passion_monai.faults import FaultReport
 
 __all__ = ["Segmentation", "Segmenter"]
@@ -88,19 +88,9 @@ class Segmenter:
                 which and why.
         """
         files = {name: str(self._path(name, image)) for name, image in images.items()}
-        (case,) = inference_cases(files=files | {"case": "patient"}, **self._cohort())
-        self._run(case)
+        modalities = self._parser.get_parsed_content("modalities")
+        self._run(single_case(files | {"case": "patient"}, modalities))
         return self._read()
-
-    def _cohort(self) -> dict[str, Any]:
-        nothing = ("dataset_dir", "phantom", "missing_rates")
-        return {
-            "dataset": "",
-            "output_dir": str(self._folder),
-            "modalities": self._parser.get_parsed_content("modalities"),
-            "seed": 0,
-            **dict.fromkeys(nothing),
-        }
 
     def _run(self, case: dict[str, Any]) -> None:
         faults: FaultReport = self._parser.get_parsed_content("faults")

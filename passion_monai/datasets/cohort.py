@@ -24,7 +24,7 @@ from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence
 from passion_monai.transforms import LoadCased
 
-__all__ = ["inference_cases", "prepare_datalist", "training_cases", "validation_cases"]
+__all__ = ["inference_cases", "prepare_datalist", "single_case", "training_cases", "validation_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def inference_cases(
     if files is not None and datalist is not None:
         raise ValueError("Give files or datalist, not both.")
     if files is not None:
-        return [_single_case(files, modalities)]
+        return [single_case(files, modalities)]
     if datalist is not None:
         return _without_labels(read_datalist(datalist, section, modalities=modalities, root=dataset_dir))
     if dataset_dir is not None:
@@ -229,7 +229,12 @@ def _check_root(datalist: Path, root: Path) -> None:
         )
 
 
-def _single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
+def single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
+    """The case of a patient who is given by the path of each modality, and maybe a name as ``case``.
+
+    Raises:
+        ValueError: when `files` names something else, or the name is none for a file.
+    """
     if not isinstance(files, Mapping) or set(files) - {*modalities, "case"} or not set(files) & set(modalities):
         raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {files!r}.")
     first = next(Path(files[name]) for name in modalities if name in files)

@@ -125,9 +125,8 @@ def _next_step(splits: Mapping[str, Sequence[Case]], spec: DatasetSpec, datalist
     counts = modality_counts(training, spec.modalities)
     modalities = [name for name, count in counts.items() if count]
     ids = "".join(f" \\\n    --{name} {_quoted(value)}" for name, value in _own_ids(spec, modalities, get_spec(known)))
-    whole = spec.name == known and min(counts.values()) == len(
-        training
-    )  # and may have sequences hidden, as in the paper
+    # Complete cases of a known data set may have sequences hidden, as in the paper.
+    whole = spec.name == known and min(counts.values()) == len(training)
     return (
         "Train on it by (first with check in place of training, which reads all files)\n"
         f"python -m monai.bundle run training --config_file {configs}/train.yaml \\\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from passion_monai.evaluation.statistics import compare
-from passion_monai.evaluation.tables import LESION_METRICS, METRICS, read_scores
+from passion_monai.evaluation.tables import LESION_METRICS, METRICS, read_scores, shown_factor
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ def _read(run: Path) -> pd.DataFrame:
 
 def _text(table: pd.DataFrame, metric: str) -> str:
     scaled = table.copy()
-    scaled[["difference", "low", "high"]] *= 100 if metric in ("dice", "lesion_dice") else 1
+    scaled[["difference", "low", "high"]] *= shown_factor(metric)
     formats = dict.fromkeys(("difference", "low", "high", "effect_size"), "{:+.2f}".format)
     formats |= dict.fromkeys(("p", "p_holm"), "{:.2g}".format)
     return scaled.to_string(index=False, formatters=formats)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passion_monai.files import complete_file
-from passion_monai.networks.checkpoints import checkpoint_paths
+from passion_monai.networks.checkpoints import checkpoint_paths, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ def checksum(weights: str | Path | Sequence[str | Path]) -> str | None:
 
 def evaluation_folder(weights: str | Path | Sequence[str | Path]) -> Path:
     """Where the evaluation of a run puts its files: ``evaluation`` beside the folder of the (first) weights."""
-    return checkpoint_paths(weights)[0].absolute().parent.parent / "evaluation"
+    return run_folder(weights) / "evaluation"
 
 
 def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha256: str | None, data: str) -> None:

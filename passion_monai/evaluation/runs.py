@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from passion_monai.datasets.datalist import datalist_presence
 from passion_monai.datasets.phantom_mark import is_phantom
 from passion_monai.files import complete_file
-from passion_monai.networks.checkpoints import checkpoint_paths
+from passion_monai.networks.checkpoints import run_folder
 from passion_monai.presence import combination_name, combinations, read_presence, write_presence
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def trained_grid(
     Raises:
         ValueError: when ``run.json`` is there and cannot be read.
     """
-    folder = checkpoint_paths(weights)[0].absolute().parent.parent
+    folder = run_folder(weights)
     grid: dict[str, Any] = {"spacing": list(spacing), "roi_size": list(roi_size)}
     if (folder / "run.json").is_file():
         known = _read_settings(folder)

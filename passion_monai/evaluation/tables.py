@@ -39,6 +39,7 @@ __all__ = [
     "overall_table",
     "read_scores",
     "report",
+    "shown_factor",
     "summary",
     "without_empty_labels",
 ]
@@ -166,7 +167,7 @@ def combination_table(
     presence = combinations(len(modalities))
     names = [combination_name(row, modalities) for row in presence]
     means = summary(scores, exclude_empty=exclude_empty).pivot(index="region", columns="combination", values=metric)
-    means = means.reindex(index=rows, columns=names) * _factor(metric)
+    means = means.reindex(index=rows, columns=names) * shown_factor(metric)
     means.loc["mean"] = means.mean(skipna=False)
     means["Avg."] = means.mean(axis=1)
     cases = _excluded_cases(scores, metric, rows) if exclude_empty else _all_cases(scores)
@@ -214,7 +215,7 @@ def overall_table(scores: pd.DataFrame) -> str:
     for title, metric, exclude_empty in _tables(scores):
         estimates = overall(without_empty_labels(scores) if exclude_empty else scores, metric)
         # By position, since a region may have the name of the last row.
-        values = estimates[["mean", "low", "high"]].to_numpy() * _factor(metric)
+        values = estimates[["mean", "low", "high"]].to_numpy() * shown_factor(metric)
         cells = dict(zip([*estimates["region"][:-1], None], map(_with_interval, values), strict=True))
         lines.append([title.split(":")[0], *(cells.get(region, "-") for region in [*regions[:-1], None])])
     return _markdown(lines)
@@ -285,7 +286,8 @@ def _circles(modalities: Sequence[str]) -> list[list[str]]:
     return lines
 
 
-def _factor(metric: str) -> float:
+def shown_factor(metric: str) -> float:
+    """What a metric is multiplied by where people read it: Dice is shown in percent, the others in mm."""
     return 100 if metric in ("dice", "lesion_dice") else 1
 
 

@@ -245,6 +245,11 @@ def checkpoint_paths(path: Any) -> list[Path]:
     return [Path(one) for one in paths]
 
 
+def run_folder(path: Any) -> Path:
+    """The folder of the training that a ``ckpt_path`` is of, whose ``models/`` holds the (first) file."""
+    return checkpoint_paths(path)[0].absolute().parent.parent
+
+
 def _translate(name: str, rules: Sequence[Rule]) -> str:
     for pattern, replacement in rules:
         if re.match(pattern, name):
