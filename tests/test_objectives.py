@@ -29,6 +29,21 @@ def test_the_passes_of_an_objective_are_those_that_its_loss_needs(name: str):
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
 
 
+@pytest.mark.parametrize(
+    ("name", "students", "own_predictions"),
+    [
+        ("passion", "trained", "none"),  # Eq. (14) has no L_reg
+        ("released", "trained", "neglected"),
+        ("reweighted", "measured", "neglected"),
+        ("baseline", "none", "all"),  # Eq. (2)
+        ("pmr", "trained", "all"),
+    ],
+)
+def test_no_more_passes_are_run_than_an_objective_has(name: str, students: str, own_predictions: str):
+    objective = make(name)
+    assert (objective.students, objective.own_predictions) == (students, own_predictions)
+
+
 def test_passion_takes_all_settings():
     objective = make(
         "passion",
