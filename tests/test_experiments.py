@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import re
@@ -116,6 +117,12 @@ def test_a_training_has_the_seed_the_rates_and_the_ids_of_its_method(scale: str,
         assert {f"--{name}": str(value) for name, value in asked.items()}.items() <= {
             *zip(words[::2], words[1::2], strict=True)
         }
+
+
+@pytest.mark.parametrize("name", re.findall(r"(?m)^ {8}\w+=([a-z]\w+),$", SNAKEFILE))
+def test_a_value_of_a_rule_takes_nothing_but_what_it_uses(name: str):
+    # snakemake hands a function every keyword that it takes: input, output, threads ...
+    assert {*inspect.signature(functions("cpu")[name]).parameters} <= {"wildcards", "input"}
 
 
 @pytest.mark.parametrize("workflow", ["train", "evaluate"])
