@@ -17,6 +17,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
+from passion_monai.datasets import discover
 from passion_monai.datasets.cohort import single_case
 from passion_monai.faults import FaultReport
 
@@ -50,6 +51,10 @@ class Segmenter:
         ids: anything that can be set in its ``inference.yaml``, such as ``ckpt_path``, ``device`` or
             ``save_probabilities=True``.
 
+    Attributes:
+        modalities: names of the sequences that it knows.
+        classes: names of the classes, background first, each with its value in a label image.
+
     Raises:
         FileNotFoundError: when the folder is no bundle.
         ValueError: when there is no such id.
@@ -75,6 +80,19 @@ class Segmenter:
         self._parser.update({**fixed, **ids, "dataset::data": [{}]})  # one patient at a time
         for checks in ("settings", "inference_settings", "kept_memory"):
             self._parser.get_parsed_content(checks)
+        self.modalities = tuple(self._parser.get_parsed_content("modalities"))
+        names, values = (self._parser.get_parsed_content(name) for name in ("class_names", "label_values"))
+        self.classes = dict(zip(names, values, strict=True))
+
+    def discover(self, root: str | Path) -> dict[str, dict[str, str]]:
+        """The patients below a folder, by the file names of the bundle's data set: for each id, what to call with.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when files contradict each other.
+        """
+        cases = discover(self._parser.get_parsed_content("spec").name, root)
+        return {case["case"]: {name: case[name] for name in self.modalities if name in case} for case in cases}
 
     def __call__(self, images: Mapping[str, Image]) -> Segmentation:
         """Segment one patient.
@@ -88,8 +106,7 @@ class Segmenter:
                 which and why.
         """
         files = {name: str(self._path(name, image)) for name, image in images.items()}
-        modalities = self._parser.get_parsed_content("modalities")
-        self._run(single_case(files | {"case": "patient"}, modalities))
+        self._run(single_case(files | {"case": "patient"}, self.modalities))
         return self._read()
 
     def _run(self, case: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ class LoadCased(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.label_key = label_key
         self.spatial_dims = spatial_dims
-        self.load = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
+        self.load = _make_loader()
         self.nifti_reader = NibabelReader()
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
@@ -238,6 +239,14 @@ class LoadCased(MapTransform):
         image: MetaTensor = self.load(path, reader=self.nifti_reader if is_nifti else _itk_reader(name))
         image = image if volume is None else _volume(image, volume)
         return _in_millimetres(image, path) if is_nifti else image
+
+
+def _make_loader() -> LoadImage:
+    """MONAI's loader. It makes all of its readers, and one warns where pydicom lacks a decoder that we do not use."""
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+        return LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
 
 
 def _volume(image: MetaTensor, index: int) -> MetaTensor:
