@@ -1,4 +1,4 @@
-"""One training at a time in a folder, and none over another by mistake."""
+"""One training or evaluation at a time in a folder, and no training over another by mistake."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-__all__ = ["claim_folder"]
+__all__ = ["claim_folder", "lock_folder"]
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".training.lock"
 _LOCKED_BYTE = 2**30  # far behind the text: Windows lets nobody read what is locked
 _held: set[tuple[int, Path]] = set()
 """The lock files that a process holds; a process that was forked from it holds none of them."""
@@ -33,8 +32,7 @@ _held: set[tuple[int, Path]] = set()
 def claim_folder(output_dir: str | Path, *, resume: bool, overwrite: bool) -> None:
     """Keep a folder for the training of this process, until the process ends, and leave a training in it alone.
 
-    The lock is the operating system's, so that nothing of it is left of a process that was killed. Of several processes
-    that train together the first one holds it, and all of them fail if it cannot.
+    Of several processes that train together the first one holds the lock, and all of them fail if it cannot.
 
     Args:
         output_dir: the folder; it is made.
@@ -49,7 +47,7 @@ def claim_folder(output_dir: str | Path, *, resume: bool, overwrite: bool) -> No
     refusal: Exception | None = None
     if idist.get_rank() == 0:
         try:
-            _lock(make_folder(output_dir))
+            lock_folder(output_dir, "training", go_on="go on with it by --resume True")
             if not (resume or overwrite):
                 _check_that_it_is_free(Path(output_dir))
         except (OSError, RuntimeError, ValueError) as error:
@@ -67,8 +65,21 @@ def _check_that_it_is_free(folder: Path) -> None:
         )
 
 
-def _lock(folder: Path) -> None:
-    path = folder.resolve() / _LOCK
+def lock_folder(folder: str | Path, work: str, *, go_on: str) -> None:
+    """Keep a folder for one kind of work of this process, until the process ends.
+
+    The lock is the operating system's, so that nothing of it is left of a process that was killed.
+
+    Args:
+        folder: it is made.
+        work: what the process does in it, such as ``training``.
+        go_on: how that of another process is taken up when it has ended.
+
+    Raises:
+        OSError: when the folder cannot be written to.
+        RuntimeError: when another process does the same in it.
+    """
+    path = make_folder(folder).resolve() / f".{work}.lock"
     if (os.getpid(), path) in _held:
         return
     with writing(path):
@@ -80,11 +91,11 @@ def _lock(folder: Path) -> None:
         holder = file.read() or "another process"
         file.close()
         raise RuntimeError(
-            f"{folder} is in use: {holder} trains in it. Give another --output_dir; or wait until that training has "
-            "ended, or end it, and go on with it by --resume True."
+            f"{folder} is in use by the {work} of {holder}. Give another --output_dir; or wait until that one has "
+            f"ended, or end it, and {go_on}."
         ) from error
     except OSError as error:
-        logger.warning(f"{path} cannot be locked ({error.strerror}): start no second training in this folder.")
+        logger.warning(f"{path} cannot be locked ({error.strerror}): start no second {work} in this folder.")
     with writing(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")

@@ -18,10 +18,11 @@ import pytest
 from passion_monai import claim
 from passion_monai.claim import claim_folder
 from passion_monai.distributed import Agreement
+from passion_monai.evaluation.metrics import CombinationScores
 
 PROCESSES = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-IN_USE = "is in use: process {} on {} trains in it. Give another --output_dir; or .* --resume True"
+IN_USE = "is in use by the training of process {} on {}. Give another --output_dir; or .* --resume True"
 
 
 def hold(folder: Path, connection: Connection) -> None:
@@ -77,6 +78,21 @@ def test_one_process_may_train_in_a_folder_again_and_others_may_not_meanwhile(tm
     process.start()
     process.join()
     assert f"process {os.getpid()} on" in here.recv()
+
+
+def test_the_second_of_two_evaluations_is_refused(tmp_path: Path):
+    def evaluate() -> CombinationScores:
+        return CombinationScores(tmp_path, modalities=("flair", "t1"), regions={"tumour": (1,)})
+
+    evaluate()
+    evaluate()  # in the same process
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=lambda: there.send(refused(evaluate, RuntimeError)))
+    process.start()
+    process.join()
+    said = here.recv()
+    assert said.startswith(f"{tmp_path} is in use by the evaluation of process {os.getpid()} on")
+    assert said.endswith("repeat the command: cases that were scored are kept.")
 
 
 def test_weights_are_not_replaced_unless_it_is_asked_for(tmp_path: Path):

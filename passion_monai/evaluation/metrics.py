@@ -29,6 +29,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from passion_monai import __version__
+from passion_monai.claim import lock_folder
 from passion_monai.evaluation.calibration import expected_calibration_error
 from passion_monai.evaluation.dice import CombinationDiceMetric, check_masks, dice, region_masks
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
@@ -189,7 +190,8 @@ class CombinationScores:
 
     Raises:
         ImportError: when lesions are to be scored and the package for it is missing.
-        RuntimeError: on attaching it in one of several processes, which would write to the same file.
+        RuntimeError: when another process evaluates into the folder; on attaching it in one of several processes, which
+            would write to the same file.
         ValueError: during the run, when an item lacks something or does not fit.
     """
 
@@ -232,6 +234,7 @@ class CombinationScores:
             "regions": self.regions,
             **(settings or {}),
         }
+        lock_folder(self.output_dir, "evaluation", go_on="repeat the command: cases that were scored are kept")
         self.files = ScoreFiles(self.output_dir, columns=columns, settings=made_with)
         self._kept: set[str] = set()
         self._shown: set[str] = set()
