@@ -76,6 +76,11 @@ class Segmenter:
         for checks in ("settings", "inference_settings", "kept_memory"):
             self._parser.get_parsed_content(checks)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the sequences that the bundle knows."""
+        return tuple(self._parser.get_parsed_content("modalities"))
+
     def __call__(self, images: Mapping[str, Image]) -> Segmentation:
         """Segment one patient.
 
@@ -88,8 +93,7 @@ class Segmenter:
                 which and why.
         """
         files = {name: str(self._path(name, image)) for name, image in images.items()}
-        modalities = self._parser.get_parsed_content("modalities")
-        self._run(single_case(files | {"case": "patient"}, modalities))
+        self._run(single_case(files | {"case": "patient"}, self.modalities))
         return self._read()
 
     def _run(self, case: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,8 +27,27 @@ TUMOUR = 300.0
 # Of scalp, skull, brain and ventricles.
 CONTRASTS = {"t1": (180.0, 20.0, 100.0, 40.0), "flair": (150.0, 10.0, 110.0, 30.0), "t2": (120.0, 20.0, 90.0, 200.0)}
 # Rotation about an axis in degrees, shift in mm: where a head lies during a sequence.
-PLACES = {"t1": ("z", 9.0, (6.0, -5.0, 8.0)), "flair": ("x", -7.0, (-4.0, 9.0, 3.0)), "t2": ("y", 6.0, (8.0, 4.0, -6.0))}
+PLACES = {
+    "t1": ("z", 9.0, (6.0, -5.0, 8.0)),
+    "flair": ("x", -7.0, (-4.0, 9.0, 3.0)),
+    "t2": ("y", 6.0, (8.0, 4.0, -6.0)),
+}
 SPACINGS = {"t1": (3.0, 3.0, 3.0), "flair": (2.5, 3.5, 4.0), "t2": (3.5, 2.5, 3.0)}
+
+HD_BET = """#!{python}
+import argparse
+import nibabel as nib
+
+parser = argparse.ArgumentParser()
+for name in ("-i", "-o", "-device"):
+    parser.add_argument(name, required=True)
+for name in ("--save_bet_mask", "--disable_tta"):
+    parser.add_argument(name, action="store_true")
+given = parser.parse_args()
+image, mask = nib.load(given.i), nib.load("{mask}")
+nib.save(nib.Nifti1Image(image.get_fdata() * mask.get_fdata(), image.affine), given.o)
+nib.save(nib.Nifti1Image(mask.get_fdata(), image.affine), given.o[:-7] + "_bet.nii.gz")
+"""
 
 
 def place(axis: str, degrees: float, shift: tuple[float, float, float]) -> np.ndarray:
@@ -104,8 +125,19 @@ def write_atlas(folder: Path) -> Path:
     return path
 
 
+def write_command(folder: Path) -> None:
+    """A command that takes what `hd-bet` 2.0.1 takes, and finds the brain where the atlas has it."""
+    affine, points = grid((3.0, 3.0, 3.0))
+    nib.save(nib.Nifti1Image(brain(points).astype(np.uint8), affine), folder / "brain.nii.gz")
+    command = folder / "hd-bet"
+    command.write_text(HD_BET.format(python=sys.executable, mask=folder / "brain.nii.gz"))
+    command.chmod(0o755)
+
+
 class Threshold:
     """In the place of a Segmenter."""
+
+    modalities = ("flair", "t1", "t2")
 
     def __init__(self, bundle: str, **ids: Any) -> None:
         pass
@@ -118,22 +150,19 @@ class Threshold:
 
 
 @pytest.mark.parametrize("names", [("flair", "t1", "t2"), ("flair",)], ids=["three", "alone"])
-def test_a_label_comes_back_to_each_sequence(
+def test_labels_go_to_the_atlas_and_back(
     script: ModuleType, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    class KnownMask(script.BrainExtractor):  # type: ignore[misc,name-defined]
-        def extract(self, input_image_path: Path, masked_image_path: Path, brain_mask_path: Path, **_: Any) -> None:
-            image: Any = nib.load(input_image_path)
-            mask = brain(apply_affine(image.affine, np.stack(np.indices(image.shape), axis=-1))).astype(np.uint8)
-            nib.save(nib.Nifti1Image(mask, image.affine), brain_mask_path)
-            nib.save(nib.Nifti1Image(image.get_fdata() * mask, image.affine), masked_image_path)
-
-    monkeypatch.setitem(script.EXTRACTORS, "hd-bet", KnownMask)
     monkeypatch.setattr(script, "Segmenter", Threshold)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    write_command(tmp_path)
     written = {name: write_head(tmp_path, name) for name in names}
+    drawn, (image, truth) = tmp_path / "drawn.nii.gz", written["flair"]
+    nib.save(nib.Nifti1Image(truth.astype(np.uint8), nib.load(image).affine), drawn)
     output = tmp_path / "results"
     arguments = [f"{name}={path}" for name, (path, _) in written.items()]
     arguments += ["--bundle", "any", "--output", str(output), "--atlas", str(write_atlas(tmp_path))]
+    arguments += ["--brain_extraction", "hd-bet-2", "--label", f"flair={drawn}"]
     script.main(arguments)
     assert json.loads((output / "record.json").read_text()) == {"modalities_used": list(names)}
     for name, (path, truth) in written.items():
@@ -144,5 +173,41 @@ def test_a_label_comes_back_to_each_sequence(
         # To one grid, skull-stripped, 0 outside.
         registered = nib.load(output / "registered" / f"{name}.nii.gz").get_fdata()
         assert (registered[~brain(grid((3.0, 3.0, 3.0))[1])] == 0).all()
+    there, predicted = (nib.load(output / "registered" / f"{name}.nii.gz") for name in ("label", "segmentation"))
+    np.testing.assert_array_equal(there.affine, predicted.affine)
+    assert dice(np.asarray(there.dataobj) == 1, np.asarray(predicted.dataobj) == 1) > 0.9
     with pytest.raises(FileExistsError):  # the transformations of an earlier run would be applied too
         script.main(arguments)
+
+
+def test_what_is_skull_stripped_already(script: ModuleType, tmp_path: Path):
+    """Without brain extraction images are registered only; without a bundle nothing is segmented."""
+    path, _ = write_head(tmp_path, "t1")
+    atlas = write_atlas(tmp_path)
+    script.main([f"t1={path}", "--output", str(tmp_path / "o"), "--atlas", str(atlas), "--brain_extraction", "none"])
+    expected, result = nib.load(atlas), nib.load(tmp_path / "o" / "registered" / "t1.nii.gz")
+    np.testing.assert_allclose(result.affine, expected.affine)
+    registered = result.get_fdata()
+    scan = nib.load(path).get_fdata()  # on a grid like the atlas's, with the head elsewhere
+    before, after = (np.corrcoef(image.ravel(), expected.get_fdata().ravel())[0, 1] for image in (scan, registered))
+    assert before < 0.8 < 0.9 < after
+    assert not list((tmp_path / "o").glob("*_seg.nii.gz"))
+
+
+def test_what_is_wrong_is_said_first(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, _ = write_head(tmp_path, "t1")
+    output = ["--output", str(tmp_path / "o")]
+    for words, message in (
+        ([f"t1={tmp_path / 'none.nii.gz'}"], "no such file"),
+        ([f"t1={path}", "--atlas", "mni"], "no such file: mni"),
+        ([f"t1={path}", f"t1={path}"], "each sequence once"),
+        ([f"t1={path}", "--label", f"t2={path}"], "a label on one of them"),
+        ([str(path)], "invalid sequence value"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main([*words, *output])
+        assert message in capsys.readouterr().err
+    bundle = str(ROOT / "bundles" / "brats_rfnet_passion")
+    with pytest.raises(ValueError, match=r"has no \['t1w'\]; it has \('flair', 't1ce', 't1', 't2'\)"):
+        script.main([f"t1w={path}", *output, "--bundle", bundle, "--ckpt_path", str(path)])
+    assert not (tmp_path / "o").exists()

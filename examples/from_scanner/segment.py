@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class LinearRegistrator(ANTsRegistrator):
         super().__init__({"type_of_transform": "Rigid", "random_seed": 0})
 
     def transform(self, *args: Any, interpolator: str = "linear", **kwargs: Any) -> None:
-        """As in ANTsRegistrator, but for the default; a label's way back names the nearest voxel itself."""
+        """As in ANTsRegistrator, but for the default."""
         super().transform(*args, interpolator=interpolator, **kwargs)
 
 
@@ -54,20 +55,20 @@ class HDBet2Extractor(BrainExtractor):
         command = ["hd-bet", "-i", str(input_image_path), "-o", str(masked_image_path), "-device", str(device)]
         command += ["--save_bet_mask", *(["--disable_tta"] if str(device) == "cpu" else [])]
         subprocess.run(command, check=True)
-        shutil.move(str(masked_image_path).replace(".nii.gz", "_bet.nii.gz"), brain_mask_path)
+        shutil.move(str(masked_image_path).removesuffix(".nii.gz") + "_bet.nii.gz", brain_mask_path)
 
 
 EXTRACTORS = {"hd-bet": HDBetExtractor, "hd-bet-2": HDBet2Extractor, "none": None}
 
 
 def preprocess(images: dict[str, Path], output: Path, *, atlas: str, brain_extraction: str) -> dict[str, Path]:
-    """Register images to each other and to an atlas and skull-strip them.
+    """Register images to each other and to an atlas, and skull-strip them.
 
     Args:
         images: file of each sequence that there is.
-        output: folder for `registered/`, `transformations/` and `steps/`, which has what is between.
+        output: folder to make, for `registered/` and `transformations/`.
         atlas: name of an atlas, or the path of an image.
-        brain_extraction: "none" for images that are skull-stripped already.
+        brain_extraction: one of EXTRACTORS; "none" for images that are skull-stripped already.
 
     Returns:
         The new file of each sequence.
@@ -77,64 +78,97 @@ def preprocess(images: dict[str, Path], output: Path, *, atlas: str, brain_extra
     """
     output.mkdir(parents=True)
     extractor = EXTRACTORS[brain_extraction]
-    result = "raw_skull_output_path" if extractor is None else "raw_bet_output_path"
+    kind = "raw_skull_output_path" if extractor is None else "raw_bet_output_path"
     registered = {name: output / "registered" / f"{name}.nii.gz" for name in images}
     center = next(name for name in (*CENTERS, *images) if name in images)
-    moving = [Modality(name, images[name], **{result: registered[name]}) for name in images if name != center]
-    preprocessor = AtlasCentricPreprocessor(
-        CenterModality(center, images[center], **{result: registered[center]}),
-        moving,
-        LinearRegistrator(),
-        extractor and extractor(),
-        atlas_image_path=ATLASES.get(atlas, atlas),
-        temp_folder=output / "steps",
-    )
-    preprocessor.run(save_dir_transformations=output / "transformations", log_file=output / "preprocessing.log")
+    with tempfile.TemporaryDirectory() as steps:
+        preprocessor = AtlasCentricPreprocessor(
+            CenterModality(center, images[center], **{kind: registered[center]}),
+            [Modality(name, images[name], **{kind: registered[name]}) for name in images if name != center],
+            LinearRegistrator(),
+            None if extractor is None else extractor(),
+            atlas_image_path=ATLASES.get(atlas, atlas),
+            temp_folder=steps,
+        )
+        preprocessor.run(save_dir_transformations=output / "transformations", log_file=output / "preprocessing.log")
     return registered
 
 
-def bring_back(label: Path, name: str, image: Path, output: Path) -> Path:
-    """Bring a label from the atlas to the grid of a sequence, by the nearest voxel.
+def move_label(label: Path, name: str, onto: Path, path: Path, output: Path, *, back: bool) -> None:
+    """Bring a label from the grid of a sequence to the atlas, or back, by the nearest voxel.
 
     Args:
         label: file of the label.
         name: of the sequence.
-        image: its file, as the scanner gave it.
+        onto: image with the grid to bring it to.
+        path: of the new file.
         output: the folder that was given to `preprocess`.
-
-    Returns:
-        The new file.
+        back: from the atlas to the sequence.
     """
-    path = output / f"{name}_seg.nii.gz"
     Transform(output / "transformations", LinearRegistrator()).apply(
-        name, image, label, path, output / "back.log", interpolator="nearestNeighbor", inverse=True
+        name, onto, label, path, output / "labels.log", interpolator="nearestNeighbor", inverse=back
     )
     voxels = np.asarray(nib.load(path).dataobj).round().astype(np.uint8)  # ANTs writes floating-point numbers
-    nib.save(nib.Nifti1Image(voxels, nib.load(image).affine), path)
-    return path
+    nib.save(nib.Nifti1Image(voxels, nib.load(onto).affine), path)
+
+
+def segment(segmenter: Segmenter, images: dict[str, Path], registered: dict[str, Path], output: Path) -> None:
+    """Segment the registered images, and write the label on the grid of each image that the scanner gave."""
+    patient = segmenter(registered)
+    (output / "record.json").write_text(json.dumps(patient.record, indent=2) + "\n", encoding="utf-8")
+    label = output / "registered" / "segmentation.nii.gz"
+    patient.label.to_filename(label)
+    for name, image in images.items():
+        path = output / f"{name}_seg.nii.gz"
+        move_label(label, name, image, path, output, back=True)
+        print(path)
+
+
+def sequence(text: str) -> tuple[str, Path]:
+    """Name and file of a sequence."""
+    name, file = text.split("=", 1)
+    return name, Path(file)
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command's arguments; files that are not there are an error before anything is computed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=sequence, metavar="NAME=FILE", help="sequences as NIfTI")
+    parser.add_argument("--output", required=True, type=Path, help="folder to make, one for each patient")
+    parser.add_argument("--bundle", help="folder of a bundle; without it, nothing is segmented")
+    parser.add_argument("--ckpt_path", help="weights, if not those of the bundle")
+    parser.add_argument("--atlas", default="sri24", help=f"{', '.join(ATLASES)}, or a file: what the training had")
+    parser.add_argument("--brain_extraction", default="hd-bet", choices=EXTRACTORS)
+    parser.add_argument(
+        "--label", type=sequence, metavar="NAME=FILE", help="to bring to the atlas: drawn on that sequence"
+    )
+    given = parser.parse_args(arguments)
+    files = [file for _, file in [*given.images, *([given.label] if given.label else [])]]
+    files += [] if given.atlas in ATLASES else [Path(given.atlas)]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
+    names = [name for name, _ in given.images]
+    if len(set(names)) < len(names) or (given.label and given.label[0] not in names):
+        parser.error(f"each sequence once, and a label on one of them: got {names}")
+    return given
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Preprocess, segment where a bundle is given, and bring the label back."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="NAME=FILE", help="sequences, by the bundle's names; NIfTI")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write to, one for each patient")
-    parser.add_argument("--bundle", help="folder of a bundle; without it, nothing is segmented")
-    parser.add_argument("--ckpt_path", help="weights, if not those of the bundle")
-    parser.add_argument("--atlas", default="sri24", help=f"{', '.join(ATLASES)}, or a file; what the training had")
-    parser.add_argument("--brain_extraction", default="hd-bet", choices=EXTRACTORS)
-    given = parser.parse_args(arguments)
-    images = {name: Path(file) for name, file in (text.split("=", 1) for text in given.images)}
+    """Preprocess; segment where a bundle is given; bring labels where they belong."""
+    given = read_arguments(arguments)
+    images = dict(given.images)
+    segmenter = None
+    if given.bundle is not None:  # first, since what is wrong with it should not cost the minutes of the registration
+        segmenter = Segmenter(given.bundle, **({} if given.ckpt_path is None else {"ckpt_path": given.ckpt_path}))
+        if unknown := set(images) - set(segmenter.modalities):
+            raise ValueError(f"{given.bundle} has no {sorted(unknown)}; it has {segmenter.modalities}.")
     registered = preprocess(images, given.output, atlas=given.atlas, brain_extraction=given.brain_extraction)
-    if given.bundle is None:
-        return
-    ids = {} if given.ckpt_path is None else {"ckpt_path": given.ckpt_path}
-    patient = Segmenter(given.bundle, **ids)(registered)
-    label = given.output / "registered" / "label.nii.gz"
-    patient.label.to_filename(label)
-    (given.output / "record.json").write_text(json.dumps(patient.record, indent=2) + "\n", encoding="utf-8")
-    for name, image in images.items():
-        print(bring_back(label, name, image, given.output))
+    if given.label is not None:
+        name, label = given.label
+        path = given.output / "registered" / "label.nii.gz"
+        move_label(label, name, registered[name], path, given.output, back=False)
+    if segmenter is not None:
+        segment(segmenter, images, registered, given.output)
 
 
 if __name__ == "__main__":
