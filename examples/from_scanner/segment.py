@@ -23,6 +23,7 @@ from brainles_preprocessing.modality import CenterModality, Modality
 from brainles_preprocessing.preprocessor import AtlasCentricPreprocessor
 from brainles_preprocessing.registration import ANTsRegistrator
 from brainles_preprocessing.transform import Transform
+from scipy.ndimage import binary_erosion, binary_fill_holes
 
 from passion_monai import Segmenter
 
@@ -91,7 +92,18 @@ def preprocess(images: dict[str, Path], output: Path, *, atlas: str, brain_extra
             temp_folder=steps,
         )
         preprocessor.run(save_dir_transformations=output / "transformations", log_file=output / "preprocessing.log")
+    if extractor is None:
+        for file in registered.values():
+            cut_rim(file)
     return registered
+
+
+def cut_rim(file: Path) -> None:
+    """Take away the outermost voxels of a brain without skull, which interpolation has mixed with the 0 around it."""
+    image = nib.load(file)
+    voxels = image.get_fdata(dtype=np.float32)
+    brain = binary_erosion(binary_fill_holes(voxels != 0))
+    nib.save(nib.Nifti1Image(voxels * brain, image.affine), file)
 
 
 def move_label(label: Path, name: str, onto: Path, path: Path, output: Path, *, back: bool) -> None:
