@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ants
 import nibabel as nib
 import numpy as np
 from brainles_preprocessing.brain_extraction import HDBetExtractor
@@ -36,10 +37,11 @@ CENTERS = ("t1ce", "t1c", "t1", "t2", "flair")  # all others are registered to t
 
 
 class LinearRegistrator(ANTsRegistrator):
-    """Rigid registration with images interpolated linearly, for which ANTsRegistrator takes the nearest voxel."""
+    """Rigid registration, the same every time, with images interpolated linearly instead of by the nearest voxel."""
 
     def __init__(self) -> None:
-        super().__init__({"type_of_transform": "Rigid", "random_seed": 0})
+        super().__init__({"type_of_transform": "Rigid"})
+        ants.config.set_ants_deterministic(True, 1)  # with 0 it would be the time
 
     def transform(self, *args: Any, interpolator: str = "linear", **kwargs: Any) -> None:
         """As in ANTsRegistrator, but for the default."""
