@@ -26,6 +26,7 @@ def test_it_gives_what_the_command_gives(bundle: Any, trained: Path, tmp_path: P
         "inference", output_dir=tmp_path, files={**files, "case": "patient"}, spacing=None, roi_size=None, **ids
     )
     segmenter = Segmenter(bundle.folder, **ids, **network)
+    assert set(names) <= set(segmenter.modalities)
     images = {name: nib.load(path) for name, path in files.items()}
     tensors = {name: MetaTensor(image.get_fdata(), affine=image.affine) for name, image in images.items()}
     for given in (files, images, tensors):
