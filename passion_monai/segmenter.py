@@ -94,11 +94,6 @@ class Segmenter:
         cases = discover(self._parser.get_parsed_content("spec").name, root)
         return {case["case"]: {name: case[name] for name in self.modalities if name in case} for case in cases}
 
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Names of the sequences that the bundle knows."""
-        return tuple(self._parser.get_parsed_content("modalities"))
-
     def __call__(self, images: Mapping[str, Image]) -> Segmentation:
         """Segment one patient.
 
