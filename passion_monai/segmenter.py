@@ -105,9 +105,13 @@ class Segmenter:
             ValueError: when a name is none of the bundle's sequences, or an image cannot be used; the message says
                 which and why.
         """
-        files = {name: str(self._path(name, image)) for name, image in images.items()}
-        self._run(single_case(files | {"case": "patient"}, self.modalities))
-        return self._read()
+        try:
+            files = {name: str(self._path(name, image)) for name, image in images.items()}
+            self._run(single_case(files | {"case": "patient"}, self.modalities))
+            return self._read()
+        finally:  # a server that is killed leaves no patient behind
+            for path in self._folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _run(self, case: dict[str, Any]) -> None:
         faults: FaultReport = self._parser.get_parsed_content("faults")

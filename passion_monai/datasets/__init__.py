@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,7 @@ class DatasetSpec:
         reference_split: number of training, validation and test patients in the paper.
         csv_modalities: order of the modalities in the masks of the authors' split files, where such files exist.
         csv_prefixes: what those files put before a case's id.
+        dicom_codes: value, scheme and meaning of DICOM's code for those classes that it has one for, by their names.
 
     Raises:
         ValueError: when the fields contradict each other.
@@ -47,6 +48,7 @@ class DatasetSpec:
     reference_split: tuple[int, int, int]
     csv_modalities: tuple[str, ...] | None = None
     csv_prefixes: tuple[str, ...] = ()
+    dicom_codes: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_classes(self.label_values, self.class_names, self.regions)

@@ -37,6 +37,12 @@ SPEC = DatasetSpec(
     csv_modalities=("flair", "t1ce", "t1", "t2"),
     # High and low grade, in the names that the authors gave to the cases of 2020.
     csv_prefixes=("HG_", "LG_"),
+    # DICOM PS3.16, context group 7168, types of brain lesions.
+    dicom_codes={
+        "necrotic and non-enhancing tumour core": ("6574001", "SCT", "Necrosis"),
+        "edema": ("79654002", "SCT", "Edema"),
+        "enhancing tumour": ("C113842", "NCIt", "Enhancing Lesion"),
+    },
 )
 
 

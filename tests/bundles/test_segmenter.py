@@ -37,6 +37,7 @@ def test_it_gives_what_the_command_gives(bundle: Any, trained: Path, tmp_path: P
             np.testing.assert_array_equal(image.affine, written.affine)
         record = json.loads((tmp_path / "predictions" / "patient_seg.json").read_text())
         assert {**result.record, "files": None} == {**record, "files": None}
+        assert not list(segmenter._folder.iterdir())
     alone = segmenter({names[0]: files[names[0]]})
     assert alone.record["modalities_used"] == names[:1]
 
