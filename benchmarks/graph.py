@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FilledCopies", "captured"]
+__all__ = ["FilledCopies", "captured", "filled"]
 
 WARM_UP = 3
 """Steps before the one that is recorded, in which libraries choose their kernels and the optimiser makes its state."""
@@ -18,8 +18,8 @@ WARM_UP = 3
 def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer, device: torch.device) -> Callable[[], None]:
     """A function that does what `step` does, for the same image, label and presence each time.
 
-    As torch's notes on CUDA graphs prescribe it: a warm-up on a stream of its own, then the record of the whole step, from
-    which gradients come without memory of their own. The optimiser must have been made with `capturable=True`.
+    As torch's notes on CUDA graphs prescribe it: a warm-up on a stream of its own, then the record of the whole step,
+    which begins without gradients, so that theirs is memory of the graph. The optimiser needs `capturable=True`.
 
     Raises:
         ValueError: when the device is no card.
@@ -49,7 +49,7 @@ class FilledCopies(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         settings = kwargs or {}
         if function == torch.ops.aten._to_copy.default and _goes_to_the_device(args[0], settings):
-            return _filled(args[0], settings["device"]).to(settings.get("dtype") or args[0].dtype)
+            return filled(args[0], settings["device"]).to(settings.get("dtype") or args[0].dtype)
         return function(*args, **settings)
 
 
@@ -58,6 +58,7 @@ def _goes_to_the_device(tensor: Tensor, settings: dict[str, Any]) -> bool:
     return tensor.device.type == "cpu" and device is not None and device.type != "cpu"
 
 
-def _filled(tensor: Tensor, device: torch.device) -> Tensor:
+def filled(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on a device, by kernels that write its values."""
     values = [torch.full((1,), value, dtype=tensor.dtype, device=device) for value in tensor.flatten().tolist()]
     return torch.cat(values or [torch.empty(0, dtype=tensor.dtype, device=device)]).view(tensor.shape)
