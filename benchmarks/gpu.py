@@ -11,7 +11,7 @@ A step, of the paper's objective, has these forms:
 - batched: as sparse, but teacher and students are one call of the decoder, on a batch of mixed presence.
 - graph: as sparse, but recorded as one CUDA graph, for one pattern of presence. It has no share of convolutions, since
   a profiler sees one launch and no operations.
-- compiled: as batched, with encoders and decoder by `torch.compile`. Its `first_seconds` are mostly those of compiling.
+- compiled: as sparse, with encoders and the layers of decoders by `torch.compile`, most of its `first_seconds`.
 """
 
 from __future__ import annotations

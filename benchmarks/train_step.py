@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.batched import BatchedDistillation
-from benchmarks.compiled import compile_parts
+from benchmarks.compiled import compile_regions
 from benchmarks.dense import DenseStep
 from benchmarks.graph import captured
 from benchmarks.measure import NUM_CLASSES, NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
@@ -20,8 +20,8 @@ from passion_monai.networks import Backbone
 
 MISSING_RATES = (0.2, 0.4, 0.6, 0.8)
 FORMS = ("sparse", "batched", "compiled", "graph", "dense")
-"""Of a step: as a training runs it; with all passes of the decoder as one batch; that by torch.compile; the first as a
-CUDA graph; and as the authors' code computes it."""
+"""Of a step: as a training runs it; with all passes of the decoder as one batch; by torch.compile; as a CUDA graph; and as
+the authors' code computes it."""
 LossOfStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 AVAILABILITY = [1 / (1 - rate) for rate in MISSING_RATES]
 
@@ -63,8 +63,8 @@ def loss_of_step(arguments: argparse.Namespace, network: Backbone) -> LossOfStep
     if arguments.form == "graph" and arguments.objective != "paper":
         raise ValueError("A CUDA graph is of the paper's objective only; the others read back or are no distillation.")
     if arguments.form == "compiled":
-        compile_parts(network)
-    form = BatchedDistillation if arguments.form in ("batched", "compiled") else SelfDistillation
+        compile_regions(network)
+    form = BatchedDistillation if arguments.form == "batched" else SelfDistillation
     settings = {"precision": arguments.dtype, "activation_checkpointing": arguments.checkpointing}
     distillation = form(network, **settings, **passes)
     return lambda image, presence, label: loss(distillation(image, presence, label), label)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.batched import BatchedDistillation
+from benchmarks.compiled import compile_regions
 from benchmarks.graph import WARM_UP, FilledCopies, captured, filled
 from passion_monai.distillation import SelfDistillation
 from passion_monai.losses import PassionLoss
@@ -25,12 +26,13 @@ SMALL: dict[str, dict[str, int]] = {
 MIXED = [[True, True, False], [True, True, True], [False, True, False]]
 PRESENCES = (MIXED, [[True, False, True]], [[False, True, False]])
 CPU, META = torch.device("cpu"), torch.device("meta")
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 Step = tuple[Tensor, tuple[Tensor | None, ...]]
 
 
-def build(name: str) -> Backbone:
+def build(name: str, **settings: Any) -> Backbone:
     torch.manual_seed(0)
-    return BACKBONES[name](2, 3, 3, img_size=32, **SMALL.get(name, {}))
+    return BACKBONES[name](2, 3, 3, img_size=32, **SMALL[name], **settings)
 
 
 def run_step(network: Backbone, passes: SelfDistillation, presence: Tensor) -> Step:
@@ -73,6 +75,48 @@ def test_the_batched_form_is_of_one_objective():
     network = build("rfnet")
     with pytest.raises(ValueError, match="paper's objective only"):
         run_step(network, BatchedDistillation(network, own_predictions="all"), torch.tensor(MIXED))
+
+
+def compiled(network: Backbone, presence: Tensor, backend: str) -> Step:
+    """A step whose regions are compiled."""
+    compile_regions(network, backend=backend)
+    try:
+        return run_step(network, SelfDistillation(network), presence)
+    finally:
+        torch.compiler.reset()
+
+
+def test_regions_are_compiled_once_whatever_is_present():
+    network, graphs = build("fusionunet", strides=[2]), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = run_step(network, SelfDistillation(network), torch.tensor([[True, False, True]]))
+    compile_regions(network, backend=backend)
+    assert_same(plain, run_step(network, SelfDistillation(network), torch.tensor([[True, False, True]])), **CLOSE)
+    # Two levels, each with the layer that all encoders share and a fusion, and one way up.
+    assert len(graphs) == 2 * 2 + 1
+    run_step(network, SelfDistillation(network), torch.tensor([[True, True, True]]))
+    assert len(graphs) == 2 * 2 + 1
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_step_gives_what_a_plain_one_gives():
+    network, presence = build("fusionunet", strides=[2]), torch.tensor([[True, False, True]])
+    plain = run_step(network, SelfDistillation(network), presence)
+    assert_same(plain, compiled(network, presence, "inductor"), **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rfnet", "mmformer", "m2ftrans"])
+def test_regions_of_a_step_can_be_recorded_for_a_compiler(name: str):
+    network, presence = build(name).double(), torch.tensor([[True, False, True]])
+    plain = run_step(network, SelfDistillation(network), presence)
+    assert_same(plain, compiled(network, presence, "aot_eager"), **CLOSE)
 
 
 class NoCopies(TorchDispatchMode):
