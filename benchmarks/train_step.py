@@ -20,7 +20,7 @@ from passion_monai.networks import Backbone
 
 MISSING_RATES = (0.2, 0.4, 0.6, 0.8)
 FORMS = ("sparse", "batched", "compiled", "graph", "dense")
-"""Of a step: as a training runs it; with all passes of the decoder as one batch; by torch.compile; as a CUDA graph; and as
+"""Of a step: as a training runs it; all passes of the decoder as one batch; by torch.compile; as a CUDA graph; and as
 the authors' code computes it."""
 LossOfStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 AVAILABILITY = [1 / (1 - rate) for rate in MISSING_RATES]

@@ -86,6 +86,7 @@ def compiled(network: Backbone, presence: Tensor, backend: str) -> Step:
         torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own
 def test_regions_are_compiled_once_whatever_is_present():
     network, graphs = build("fusionunet", strides=[2]), []
 
