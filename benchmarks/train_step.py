@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.batched import BatchedDistillation
+from benchmarks.compiled import compile_regions
 from benchmarks.dense import DenseStep
+from benchmarks.graph import captured
 from benchmarks.measure import NUM_CLASSES, NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
 from passion_monai.distillation import SelfDistillation
 from passion_monai.losses import PassionLoss, TaskLoss
 from passion_monai.networks import Backbone
 
 MISSING_RATES = (0.2, 0.4, 0.6, 0.8)
-FORMS = ("sparse", "compiled", "dense")
-"""Of a step: as a training runs it, the same by torch.compile, and as the authors' code computes it."""
+FORMS = ("sparse", "batched", "compiled", "graph", "dense")
+"""Of a step: as a training runs it; all passes of the decoder as one batch; by torch.compile; as a CUDA graph; and as
+the authors' code computes it."""
+LossOfStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 AVAILABILITY = [1 / (1 - rate) for rate in MISSING_RATES]
 
 
@@ -35,32 +40,45 @@ def objective(name: str) -> tuple[nn.Module, dict[str, Any]]:
 def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
     """A function that runs one step on a random crop of one sample."""
     network = network_from(arguments)
+    compute = loss_of_step(arguments, network)
+    in_graph = arguments.form == "graph"
+    parameters = network.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=1e-4, amsgrad=True, capturable=in_graph)
+    sample = random_sample(arguments)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        compute(*sample).backward()
+        optimizer.step()
+
+    return captured(step, optimizer, torch.device(arguments.device)) if in_graph else step
+
+
+def loss_of_step(arguments: argparse.Namespace, network: Backbone) -> LossOfStep:
+    """The loss of image, presence and label, in the form that is asked for."""
     loss, passes = objective(arguments.objective)
     loss = loss.to(arguments.device)
-    settings = {"precision": arguments.dtype, "activation_checkpointing": arguments.checkpointing}
-    distillation: Callable[..., Any] = SelfDistillation(network, **settings, **passes)
+    if arguments.form == "dense":
+        return dense_step(arguments, network, loss)
+    if arguments.form == "graph" and arguments.objective != "paper":
+        raise ValueError("A CUDA graph is of the paper's objective only; the others read back or are no distillation.")
     if arguments.form == "compiled":
-        distillation = torch.compile(distillation)
+        compile_regions(network)
+    form = BatchedDistillation if arguments.form == "batched" else SelfDistillation
+    settings = {"precision": arguments.dtype, "activation_checkpointing": arguments.checkpointing}
+    distillation = form(network, **settings, **passes)
+    return lambda image, presence, label: loss(distillation(image, presence, label), label)
 
-    def sparse(image: Tensor, presence: Tensor, label: Tensor) -> Any:
-        return loss(distillation(image, presence, label), label)
 
-    compute = dense_step(arguments, network, loss) if arguments.form == "dense" else sparse
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=1e-4, amsgrad=True)
+def random_sample(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, presence and label of a crop."""
     shape = [arguments.size] * 3
     image = torch.randn(1, NUM_MODALITIES, *shape, device=arguments.device)
     # Nested boxes: every class is there, and most is background, as in a brain.
     axes = torch.meshgrid(*[torch.linspace(-1, 1, size) for size in shape], indexing="ij")
     distance = torch.stack(axes).abs().amax(dim=0)
     label = torch.bucketize(-distance, torch.tensor([-0.6, -0.35, -0.2]))[None, None].to(arguments.device)
-    presence = presence_of(arguments)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        compute(image, presence, label).backward()
-        optimizer.step()
-
-    return step
+    return image, presence_of(arguments), label
 
 
 def dense_step(arguments: argparse.Namespace, network: Backbone, loss: nn.Module) -> DenseStep:
