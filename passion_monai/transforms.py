@@ -175,7 +175,7 @@ class LoadCased(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.label_key = label_key
         self.spatial_dims = spatial_dims
-        self.load = _make_loader()
+        self.load = make_loader()
         self.nifti_reader = NibabelReader()
 
     def __call__(self, data: Data) -> dict[Hashable, Any]:
@@ -241,7 +241,7 @@ class LoadCased(MapTransform):
         return _in_millimetres(image, path) if is_nifti else image
 
 
-def _make_loader() -> LoadImage:
+def make_loader() -> LoadImage:
     """MONAI's loader. It makes all of its readers, and one warns where pydicom lacks a decoder that we do not use."""
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     with warnings.catch_warnings():

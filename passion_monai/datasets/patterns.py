@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import LoadImage
 
 from passion_monai.datasets import DatasetSpec
 from passion_monai.datasets.brats import SPEC as BRATS
@@ -37,6 +36,7 @@ from passion_monai.datasets.discovery import (
     discover_cases,
     strip_extension,
 )
+from passion_monai.transforms import make_loader
 
 __all__ = ["LAYOUTS", "find_cases", "main"]
 
@@ -292,7 +292,7 @@ def _pattern(text: str) -> str:
 
 def _found_classes(cases: Sequence[Case]) -> dict[str, int]:
     """The values that the labels hold, each a class."""
-    load, found = LoadImage(image_only=True, dtype=np.float32), {0}
+    load, found = make_loader(), {0}
     for case in cases:
         if "label" not in case:
             continue
