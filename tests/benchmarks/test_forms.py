@@ -107,12 +107,13 @@ def test_regions_are_compiled_once_whatever_is_present():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_step_gives_what_a_plain_one_gives():
-    network, presence = build("fusionunet", strides=[2]), torch.tensor([[True, False, True]])
+    network, presence = build("fusionunet", strides=[2]).double(), torch.tensor([[True, False, True]])
     plain = run_step(network, SelfDistillation(network), presence)
     assert_same(plain, compiled(network, presence, "inductor"), **CLOSE)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler's own
 @pytest.mark.parametrize("name", ["rfnet", "mmformer", "m2ftrans"])
 def test_regions_of_a_step_can_be_recorded_for_a_compiler(name: str):
     network, presence = build(name).double(), torch.tensor([[True, False, True]])
