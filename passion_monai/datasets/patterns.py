@@ -36,7 +36,7 @@ from passion_monai.datasets.discovery import (
     discover_cases,
     strip_extension,
 )
-from passion_monai.transforms import make_loader
+from passion_monai.transforms.loading import make_loader
 
 __all__ = ["LAYOUTS", "find_cases", "main"]
 
