@@ -23,7 +23,7 @@ from build import PHANTOM_SCORES, ROOT, bundle_files, bundle_folders
 from monai.bundle import ConfigParser
 
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
-from passion_monai.evaluation.runs import pooled_scores, read_runs
+from passion_monai.report.runs import pooled_scores, read_runs
 
 DIST = ROOT.parent / "dist"
 # Enough for the curves to flatten. The paper's settings are for weeks of training on real data.

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from passion_monai.evaluation.runs import BASELINE, Run, read_runs
+from passion_monai.report.runs import BASELINE, Run, read_runs
 
 PAPER = 0.5  # lambda_1, Sec. 4.2
 

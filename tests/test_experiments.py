@@ -17,8 +17,8 @@ import yaml
 
 from passion_monai.config import check_numbers
 from passion_monai.datasets import get_spec
-from passion_monai.evaluation.runs import method_name
 from passion_monai.objectives import OBJECTIVES
+from passion_monai.report.runs import method_name
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"

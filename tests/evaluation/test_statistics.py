@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from passion_monai.evaluation.compare import main
 from passion_monai.evaluation.statistics import (
     compare,
     confidence_interval,
@@ -18,6 +17,7 @@ from passion_monai.evaluation.statistics import (
     summarise,
 )
 from passion_monai.evaluation.tables import SCORE_COLUMNS
+from passion_monai.report.compare import main
 
 CASES, COMBINATIONS, REGIONS = [f"c{n}" for n in range(12)], ("y", "x", "x+y"), ("whole", "core")
 

@@ -13,9 +13,12 @@ import torch
 from monai.data import MetaTensor
 
 from passion_monai.evaluation.kept_maps import keep_case
-from passion_monai.evaluation.report import _Group, _kept_cases, _Report, main
 from passion_monai.evaluation.tables import read_scores
 from passion_monai.presence import combination_name, combinations, write_presence
+from passion_monai.report import calibration, scores, writing
+from passion_monai.report.__main__ import main
+from passion_monai.report.groups import Group
+from passion_monai.report.pictures import kept_cases
 
 MODALITIES = ("flair", "t1")
 REGIONS = {"whole": [1, 2], "core": [2]}
@@ -263,7 +266,7 @@ def test_calibration_in_percent(page: Page) -> None:
 def test_calibration_after_temperature_scaling_stands_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Report, "sections", lambda self: [self._calibration()])
+    monkeypatch.setattr(writing, "SECTIONS", [calibration.calibration])
     run = make_run(tmp_path / "run")
     path = run / "evaluation" / "calibration.csv"
     errors = pd.read_csv(path, dtype={"case": str})
@@ -275,7 +278,7 @@ def test_calibration_after_temperature_scaling_stands_beside_it(
 
 
 def test_lesion_wise_scores_stand_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Report, "sections", lambda self: [self._rates(), self._combinations()])
+    monkeypatch.setattr(writing, "SECTIONS", [scores.methods, scores.combinations])
     runs = [make_run(tmp_path / name, files=False, objective=name) for name in ("baseline", "pmr")]
     change_scores(runs[0], lambda table: table.assign(lesion_dice=0.25, lesion_hd95=50.0))
     main([*map(str, runs), "--output", str(tmp_path / "one")])
@@ -292,7 +295,7 @@ def test_lesion_wise_scores_stand_beside_the_others(tmp_path: Path, monkeypatch:
 
 def test_methods_are_compared_with_those_of_their_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with the Baseline, wherever it stands."""
-    monkeypatch.setattr(_Report, "sections", lambda self: [self._rates(), self._tests()])  # figures take seconds
+    monkeypatch.setattr(writing, "SECTIONS", [scores.methods, scores.tests])  # figures take seconds
     values = ({"dice": 0.6, **PASSION}, {"dice": 0.4}, {"dice": 0.8, "backbone": "MMFormer"})
     runs = [str(make_run(tmp_path / str(index), files=False, **some)) for index, some in enumerate(values)]
     main([*runs, "--output", str(tmp_path / "report")])
@@ -311,7 +314,7 @@ def test_of_several_seeds_the_first_that_was_kept_is_shown(tmp_path: Path) -> No
         (run.folder / "evaluation" / "maps").mkdir(parents=True)
         for case in cases:
             (run.folder / "evaluation" / "maps" / f"{case}.npz").touch()
-    kept = _kept_cases(_Group("any", runs))
+    kept = kept_cases(Group("any", runs))
     assert {case: path.relative_to(tmp_path).parts[0] for case, path in kept.items()} == {
         "001": "first",
         "002": "second",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from passion_monai.evaluation.report_tables import cells, header, is_best, pivot, to_latex, with_interval
+from passion_monai.report.tables import cells, header, is_best, pivot, to_latex, with_interval
 
 NUMBERS = pd.DataFrame(
     {

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from passion_monai.evaluation.kept_maps import KeptCase
-from passion_monai.evaluation.report_figures import plot_case, plot_contributions, plot_curves, plot_methods
+from passion_monai.report.figures import plot_case, plot_contributions, plot_curves, plot_methods
 
 MODALITIES = ("x", "y")
 COMBINATIONS = ["x", "y", "x+y"]

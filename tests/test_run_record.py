@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from passion_monai.datasets.phantom import write_phantom
-from passion_monai.evaluation.runs import method_name, trained_grid, write_run
 from passion_monai.presence import read_presence
+from passion_monai.run_record import trained_grid, write_run
 
 MODALITIES = ("flair", "t1")
 
@@ -45,14 +45,6 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     np.testing.assert_array_equal(list(rows.values()), [[False, True], [True, False]])
 
 
-PASSION = {
-    "objective": "passion",
-    "modality_dropout": False,
-    "lambda_pixel": 0.5,
-    "lambda_prototype": 0.1,
-    "use_task_mask": True,
-    "adaptive_beta": True,
-}
 SETTINGS = {
     "phantom": False,
     "dataset": "brats",
@@ -63,7 +55,12 @@ SETTINGS = {
     "missing_rates": None,
     "seed": 0,
     "epochs": 1,
-    **PASSION,
+    "objective": "passion",
+    "modality_dropout": False,
+    "lambda_pixel": 0.5,
+    "lambda_prototype": 0.1,
+    "use_task_mask": True,
+    "adaptive_beta": True,
 }
 BUNDLE_GRID: dict[str, Any] = {"spacing": (1.0, 1.0), "roi_size": (80, 80)}
 
@@ -86,26 +83,3 @@ class TestTrainedGrid:
         (tmp_path / "run.json").write_text("{", encoding="utf-8")
         with pytest.raises(ValueError, match=r"run\.json cannot be read as JSON"):
             trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID)
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({}, "PASSION"),
-        ({"objective": "baseline"}, "Baseline"),
-        ({"objective": "baseline", "modality_dropout": True}, "+ModDrop"),
-        ({"objective": "pmr"}, "+PMR"),
-        ({"objective": "released"}, "PASSION (released)"),
-        ({"objective": "reweighted"}, "re-weighted control"),
-        ({"modality_dropout": True}, "PASSION +ModDrop"),
-        ({"lambda_prototype": 0, "adaptive_beta": False}, "pixel"),
-        ({"lambda_pixel": 0, "use_task_mask": False}, "prototype"),
-        ({"use_task_mask": False, "adaptive_beta": False}, "pixel + prototype"),
-        ({"adaptive_beta": False}, "pixel + prototype + δ"),
-        ({"lambda_pixel": 0, "lambda_prototype": 0}, "without distillation"),
-        ({"lambda_pixel": 0.25}, "PASSION (λ 0.25, 0.1)"),
-        ({"lambda_pixel": 0.25, "lambda_prototype": 0}, "pixel + β (λ 0.25, 0)"),
-    ],
-)
-def test_method_name(changes: dict[str, Any], name: str) -> None:
-    assert method_name(PASSION | changes) == name

@@ -1,0 +1,58 @@
+"""The section on how far confidence can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from passion_monai.evaluation.statistics import confidence_interval
+from passion_monai.report.page import Page, Section
+
+__all__ = ["calibration"]
+
+
+def calibration(page: Page) -> Section:
+    """How far confidence is from how often it is right, by combination."""
+    title = "Calibration"
+    paths = {
+        group.label: [path for run in group.runs if (path := run.optional_file("evaluation", "calibration.csv"))]
+        for group in page.groups
+    }
+    tables = [table for label, some in paths.items() if some for table in _calibration_of(label, some)]
+    if not tables:
+        missing = "No run has evaluation/calibration.csv; evaluate with --calibration True."
+        return Section("calibration", title, missing=missing)
+    numbers = pd.concat(tables, ignore_index=True)
+    part = page.by_combination("calibration", "Expected calibration error [%]", numbers, ["method"])
+    text = (
+        "How far the networks' confidence is from how often they are right: 0 is best. Evaluated with --calibrated "
+        "True, a run has it after temperature scaling too."
+    )
+    return Section("calibration", title, text, [part])
+
+
+def _calibration_of(label: str, paths: Iterable[Path]) -> list[pd.DataFrame]:
+    """Mean over the cases of each combination, of each case's mean over the seeds, in percent; and after scaling."""
+    errors = pd.concat([_read_calibration(path) for path in paths])
+    named = {"ece": label, "ece_calibrated": f"{label}, calibrated"}
+    return [_ece_means(errors, column).assign(method=name) for column, name in named.items() if column in errors]
+
+
+def _read_calibration(path: Path) -> pd.DataFrame:
+    empty = {"ece": [""], "ece_calibrated": [""]}
+    table = pd.read_csv(path, dtype={"case": str, "combination": str}, keep_default_na=False, na_values=empty)
+    if not {"case", "combination", "ece"} <= {*table}:
+        raise ValueError(f"{path} must have the columns case, combination and ece, got {list(table)}.")
+    return table
+
+
+def _ece_means(errors: pd.DataFrame, column: str) -> pd.DataFrame:
+    percent = 100 * errors.groupby(["combination", "case"], sort=False)[column].mean()
+    rows = [
+        (name, values.mean(), *confidence_interval(values), values.count())
+        for name, values in percent.groupby("combination", sort=False)
+    ]
+    columns = ["combination", "mean", "low", "high", "cases"]
+    return pd.DataFrame(rows, columns=columns).assign(metric="ECE [%]", sign=-1)

@@ -1,0 +1,105 @@
+"""Runs of one method together, and the means of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from passion_monai.evaluation.statistics import overall, summarise
+from passion_monai.report.runs import Run, pooled_scores
+
+__all__ = ["AVERAGE", "DICE", "LESION_METRICS", "METRICS", "Group", "Metric", "grouped"]
+
+AVERAGE = "Avg."
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the scores and how it is shown."""
+
+    column: str
+    title: str
+    factor: float
+    sign: int  # 1 where more is better, otherwise -1
+
+
+METRICS = (
+    Metric("dice", "Dice [%]", 100, 1),
+    Metric("hd95_brats", "HD95 [mm]", 1, -1),
+    Metric("hd95_released", "HD95 as in the paper [mm]", 1, -1),
+)
+DICE = METRICS[0]
+LESION_METRICS = (
+    Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
+    Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
+)
+_LESIONS = (
+    "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "
+    "0 and HD95 373.13 mm."
+)
+
+
+METRICS = (
+    Metric("dice", "Dice [%]", 100, 1),
+    Metric("hd95_brats", "HD95 [mm]", 1, -1),
+    Metric("hd95_released", "HD95 as in the paper [mm]", 1, -1),
+)
+DICE = METRICS[0]
+LESION_METRICS = (
+    Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
+    Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one method, backbone and missing rates: its seeds, or the folds of a cross-validation."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        return pooled_scores(self.runs)
+
+    def estimates(self, metrics: Iterable[Metric], *, by_combination: bool = False) -> pd.DataFrame:
+        """Means over all combinations, with those of the regions as "Avg.", or for each combination too."""
+        tables = []
+        for metric in metrics:
+            means = overall(self.scores, metric.column).assign(combination=AVERAGE)
+            means.loc[means.index[-1], "region"] = AVERAGE
+            if by_combination:
+                means = pd.concat([summarise(self.scores, metric.column), means[:-1]])
+            numbers = [name for name in ("mean", "low", "high", "seed_std") if name in means]
+            means[numbers] *= metric.factor
+            tables.append(means.assign(metric=metric.title, sign=metric.sign))
+        rates, method, backbone = self.first.rates, self.first.method, self.first.settings["backbone"]
+        keys = {"label": self.label, "missing rates": rates, "method": method, "backbone": backbone}
+        return pd.concat(tables, ignore_index=True).assign(**keys)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs of one method, backbone and missing rates, with a label that tells them from the others."""
+    several = [len({key(run) for run in runs}) > 1 for key in (_backbone, _rates)]
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, _backbone(run), run.rates), []).append(run)
+    return [
+        Group(", ".join([name[0], *(part for part, tell in zip(name[1:], several, strict=True) if tell)]), some)
+        for name, some in groups.items()
+    ]
+
+
+def _backbone(run: Run) -> str:
+    return str(run.settings["backbone"])
+
+
+def _rates(run: Run) -> str:
+    return run.rates

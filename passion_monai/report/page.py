@@ -1,0 +1,147 @@
+"""What the sections of a report have in common: its runs, and how a table or a figure gets into it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from passion_monai.evaluation.figures import DPI
+from passion_monai.files import complete_file, make_folder
+from passion_monai.presence import combination_name, combinations
+from passion_monai.report.groups import AVERAGE, LESION_METRICS, METRICS, Group, grouped
+from passion_monai.report.runs import BASELINE, Run
+from passion_monai.report.tables import cells, header, is_best, pivot, to_latex, with_interval
+
+__all__ = ["Page", "Section"]
+
+INTERVALS = (
+    "In brackets is the 95 % bootstrap interval over the test cases; ± is the standard deviation of the seeds' means, "
+    "where there are several. The best of what is compared is bold."
+)
+_HD95 = (
+    "HD95 is the larger of the two directions' 95th percentiles and counts 373.13 mm where exactly one of prediction "
+    "and label is empty, as in the BraTS challenge; 'as in the paper' it is the percentile of both directions' "
+    "distances together, and counts 1 mm there."
+)
+_LESIONS = (
+    "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "
+    "0 and HD95 373.13 mm."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a sentence, tables and figures, and what the runs lack for it."""
+
+    name: str
+    title: str
+    text: str = ""
+    parts: list[Markup] = field(default_factory=list)
+    missing: str = ""
+
+
+class Page:
+    """The runs that a report is on, in groups; writes the files of its tables and figures.
+
+    Args:
+        runs: what :func:`passion_monai.report.runs.read_runs` gives.
+        folder: for the page and for its tables and figures; it is made.
+        template: of the page, which says how a table and a figure are shown.
+    """
+
+    def __init__(self, runs: Sequence[Run], folder: Path, template: jinja2.Template) -> None:
+        self.folder = make_folder(folder)
+        self.template = template
+        self.runs = list(runs)
+        self.settings = runs[0].settings
+        self.modalities: list[str] = list(self.settings["modalities"])
+        self.regions = list(dict.fromkeys(runs[0].scores["region"]))
+        self.groups = grouped(runs)
+        lesionwise = all("lesion_dice" in run.scores for run in runs)
+        self.metrics = (*METRICS, *(LESION_METRICS if lesionwise else ()))
+        self.conventions = f"{INTERVALS} {_HD95}" + (f" {_LESIONS}" if lesionwise else "")
+        self.combinations = [combination_name(row, self.modalities) for row in combinations(len(self.modalities))]
+
+    def table(self, name: str, caption: str, numbers: pd.DataFrame, text: pd.DataFrame, bold: pd.DataFrame) -> Markup:
+        """A table in the page, as LaTeX, and its numbers as CSV."""
+        self.write(f"{name}.csv", numbers.to_csv(index=False))
+        self.write(f"{name}.tex", to_latex(text, bold))
+        table: Markup = self.template.module.table(name, caption, header(text), cells(text, bold))  # type: ignore[attr-defined]
+        return table
+
+    def estimates(
+        self, name: str, caption: str, numbers: pd.DataFrame, rows: list[str], columns: list[str], within: list[str]
+    ) -> Markup:
+        """A table of means with intervals, the best of each group that agrees in the keys `within` bold."""
+        shown = numbers.assign(text=with_interval(numbers), best=is_best(numbers, within))
+        text, bold = (pivot(shown, value, rows, columns) for value in ("text", "best"))
+        return self.table(name, caption, numbers, text.fillna("-"), bold.eq(True))
+
+    def by_combination(self, name: str, title: str, numbers: pd.DataFrame, columns: list[str]) -> Markup:
+        order = {name: index for index, name in enumerate([*self.combinations, AVERAGE])}
+        numbers = numbers.sort_values("combination", key=lambda names: names.map(order), kind="stable")
+        marks = numbers["combination"].map(self._circles)
+        circles = pd.DataFrame(marks.tolist(), columns=self.modalities, index=numbers.index)
+        return self.estimates(
+            name,
+            f"{title}. {INTERVALS} {_caption(title)}",
+            pd.concat([circles, numbers], axis=1),
+            self.modalities,
+            columns,
+            ["combination", *columns[:-1]],
+        )
+
+    def figure(self, name: str, alt: str, figure: Figure, *, photo: bool = False) -> Markup:
+        """A figure as PNG and SVG, one of which is in the page."""
+        data = {}
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+            with mpl.rc_context({"svg.hashsalt": name}):
+                figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+            data[kind] = buffer.getvalue()
+            with complete_file(self.folder / f"{name}.{kind}") as unfinished:
+                unfinished.write_bytes(data[kind])
+        kind, media = ("png", "image/png") if photo else ("svg", "image/svg+xml")
+        source = f"data:{media};base64,{base64.b64encode(data[kind]).decode()}"
+        part: Markup = self.template.module.figure(name, alt, source)  # type: ignore[attr-defined]
+        return part
+
+    def write(self, name: str, text: str) -> None:
+        with complete_file(self.folder / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
+    def _circles(self, combination: str) -> tuple[str, ...]:
+        if combination == AVERAGE:
+            return (AVERAGE, *[""] * (len(self.modalities) - 1))
+        return tuple("●" if name in combination.split("+") else "○" for name in self.modalities)
+
+    def reference(self, group: Group) -> Group:
+        """The Baseline with a group's backbone and missing rates; the first group of them where there is none."""
+        keys = (group.first.settings["backbone"], group.first.rates)
+        same = [one for one in self.groups if (one.first.settings["backbone"], one.first.rates) == keys]
+        return next((one for one in same if one.first.method == BASELINE), same[0])
+
+    def rates_order(self, group: Group) -> int:
+        return [run.rates for run in self.runs].index(group.first.rates)
+
+    def backbone_key(self) -> list[str]:
+        return ["backbone"] if len({run.settings["backbone"] for run in self.runs}) > 1 else []
+
+    def rates_key(self) -> list[str]:
+        return ["missing rates"] if len({run.rates for run in self.runs}) > 1 else []
+
+
+def _caption(title: str) -> str:
+    """What is to be said of a metric."""
+    return next((text for start, text in (("HD95", _HD95), ("lesion-wise", _LESIONS)) if title.startswith(start)), "")

@@ -1,0 +1,206 @@
+"""The runs that a report is on, and the names of the methods that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from passion_monai.evaluation.tables import METRICS, read_scores
+from passion_monai.presence import combination_name, combinations, read_presence
+from passion_monai.run_record import read_settings
+
+__all__ = ["BASELINE", "Run", "method_name", "pooled_scores", "read_runs"]
+
+BASELINE = "Baseline"
+_LAMBDAS = (0.5, 0.1)  # Sec. 4.2 of the paper
+_NAMES_IN_ERROR = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was evaluated.
+
+    Attributes:
+        folder: its folder.
+        method: name of the method; runs of one method differ in their seeds, missing rates or backbones.
+        settings: what ``run.json`` says.
+        scores: rows of :data:`passion_monai.evaluation.tables.SCORE_COLUMNS`.
+        presence: which modalities each training case had, by its id; None where there is no ``presence.json``.
+    """
+
+    folder: Path
+    method: str
+    settings: Mapping[str, Any]
+    scores: pd.DataFrame
+    presence: Mapping[str, Any] | None
+
+    @property
+    def rates(self) -> str:
+        """The missing rates that were asked for, as text, in the order of the modalities."""
+        rates = self.settings["missing_rates"]
+        if rates is not None:
+            return f"({', '.join(f'{rate:g}' for rate in rates)})"
+        complete = self.presence is not None and all(map(all, self.presence.values()))
+        return "complete" if complete else "as the cases are"
+
+    @property
+    def ticks(self) -> tuple[bool, ...] | None:
+        """Which parts of PASSION the run has, as in the paper's Table 2; None if it is none of that table's rows."""
+        if self.settings["objective"] == "baseline" and not self.settings["modality_dropout"]:
+            return (False,) * 4
+        return _ticks(self.settings) if self.settings["objective"] == "passion" else None
+
+    def optional_file(self, *parts: str) -> Path | None:
+        """A file in the run's folder, if it is there."""
+        path = self.folder.joinpath(*parts)
+        return path if path.is_file() else None
+
+
+def method_name(settings: Mapping[str, Any]) -> str:
+    """Name of the method that a training was of.
+
+    Args:
+        settings: what ``run.json`` says.
+
+    Example:
+        >>> method_name({"objective": "baseline", "modality_dropout": True})
+        '+ModDrop'
+    """
+    dropout = settings["modality_dropout"]
+    if settings["objective"] == "baseline":
+        return "+ModDrop" if dropout else BASELINE
+    names = {"released": "PASSION (released)", "reweighted": "re-weighted control", "pmr": "+PMR"}
+    return (names.get(settings["objective"]) or _passion_name(settings)) + (" +ModDrop" if dropout else "")
+
+
+def read_runs(arguments: Iterable[str]) -> list[Run]:
+    """Read evaluated runs that can stand in one report.
+
+    Args:
+        arguments: folders of runs, each perhaps with a method's name before it, ``NAME=RUN``.
+
+    Raises:
+        FileNotFoundError: naming the folder where a run was not evaluated or does not say what it was.
+        ValueError: naming the folder where a file is not what it should be, or where runs do not go together.
+    """
+    runs = [_read_run(argument) for argument in arguments]
+    for run in runs[1:]:
+        _check_pair(runs[0], run)
+    _check_cases(runs)
+    seen: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        key = (run.method, run.settings["backbone"], run.rates, run.settings["seed"])
+        if key in seen:
+            raise ValueError(
+                f"{seen[key].folder} and {run.folder} are both {run.method!r} with seed {run.settings['seed']}; leave "
+                f"one out, or give another name to one: NAME={run.folder}."
+            )
+        seen[key] = run
+    return runs
+
+
+def pooled_scores(runs: Sequence[Run]) -> pd.DataFrame:
+    """The scores of runs of one method: of its seeds, with a column ``seed``, or of the folds of a cross-validation.
+
+    Folds have scored different cases, and are one set of scores together.
+    """
+    if len(runs) == 1:
+        return runs[0].scores
+    if _are_folds(runs):
+        return pd.concat([run.scores for run in runs], ignore_index=True)
+    return pd.concat([run.scores.assign(seed=run.settings["seed"]) for run in runs], ignore_index=True)
+
+
+def _ticks(settings: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Pixel-wise and prototype loss, task mask delta, adaptive beta; the mask is the second's, beta the first's."""
+    pixel, prototype = settings["lambda_pixel"] > 0, settings["lambda_prototype"] > 0
+    return pixel, prototype, bool(settings["use_task_mask"] and prototype), bool(settings["adaptive_beta"] and pixel)
+
+
+def _passion_name(settings: Mapping[str, Any]) -> str:
+    ticks = _ticks(settings)
+    lambdas = settings["lambda_pixel"], settings["lambda_prototype"]
+    parts = [part for part, there in zip(("pixel", "prototype", "δ", "β"), ticks, strict=True) if there]
+    name = "PASSION" if all(ticks) else " + ".join(parts) or "without distillation"
+    changed = any(value not in (0, paper) for value, paper in zip(lambdas, _LAMBDAS, strict=True))
+    return f"{name} (λ {lambdas[0]:g}, {lambdas[1]:g})" if changed else name
+
+
+def _read_run(argument: str) -> Run:
+    name, _, rest = argument.partition("=")
+    named = bool(rest) and not Path(argument).exists()
+    folder = Path(rest if named else argument)
+    if not (folder / "evaluation" / "scores.csv").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no evaluation/scores.csv; give the folder of a run, and run the evaluate workflow with it "
+            "as output_dir first."
+        )
+    settings = read_settings(folder)
+    scores = _read_scores(folder, settings)
+    path = folder / "presence.json"
+    presence = read_presence(path, settings["modalities"]) if path.is_file() else None
+    return Run(folder, name if named else method_name(settings), settings, scores, presence)
+
+
+def _read_scores(folder: Path, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """The scores of a run, which must be of the modalities and regions that the run says it is of."""
+    path = folder / "evaluation" / "scores.csv"
+    remedy = "run the evaluate workflow again, to its end"
+    try:
+        scores = read_scores(path).astype(dict.fromkeys(METRICS, float))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it and {remedy}.") from error
+    if scores.empty:
+        raise ValueError(f"{path} has no scores yet; {remedy}.")
+    names = [combination_name(row, settings["modalities"]) for row in combinations(len(settings["modalities"]))]
+    unknown = sorted({*scores["combination"]} - {*names}) + sorted({*scores["region"]} ^ {*settings["regions"]})
+    if unknown:
+        raise ValueError(
+            f"{path} is of other modalities or regions than {folder / 'run.json'} says: {unknown[:_NAMES_IN_ERROR]}; "
+            f"{remedy}, with the ids that the training had."
+        )
+    return scores
+
+
+def _check_pair(first: Run, other: Run) -> None:
+    """Check that two runs are of the same modalities and regions."""
+    for key in ("dataset", "modalities", "regions"):
+        if first.settings[key] != other.settings[key]:
+            raise ValueError(
+                f"{first.folder} and {other.folder} cannot stand in one report: their {key} are "
+                f"{first.settings[key]} and {other.settings[key]}. Make a report of each."
+            )
+
+
+def _are_folds(runs: Sequence[Run]) -> bool:
+    """Whether no case was scored by two of the runs."""
+    return sum(run.scores["case"].nunique() for run in runs) == len(set().union(*(run.scores["case"] for run in runs)))
+
+
+def _check_cases(runs: Sequence[Run]) -> None:
+    """Check that the runs of a method are seeds or folds, and that all methods have scored the same cases."""
+    methods: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        methods.setdefault((run.method, run.settings["backbone"], run.rates), []).append(run)
+    for members in methods.values():
+        if not _are_folds(members):
+            for other in members[1:]:
+                _check_same_cases([members[0]], [other])
+    first, *others = methods.values()
+    for members in others:
+        _check_same_cases(first, members)
+
+
+def _check_same_cases(first: Sequence[Run], others: Sequence[Run]) -> None:
+    cases = [set().union(*(run.scores["case"] for run in members)) for members in (first, others)]
+    if cases[0] != cases[1]:
+        only = sorted(cases[0] ^ cases[1])
+        raise ValueError(
+            f"{first[0].folder} and {others[0].folder} cannot stand in one report: {len(only)} test cases, such as "
+            f"{only[:_NAMES_IN_ERROR]}, are in one of them only. Train and evaluate both with the same --datalist, or "
+            "give the same folds of each method."
+        )

@@ -1,0 +1,100 @@
+"""The record of a training, ``run.json`` and ``presence.json``, by which evaluations and reports know what it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from passion_monai.datasets.datalist import datalist_presence
+from passion_monai.datasets.phantom_mark import is_phantom
+from passion_monai.files import complete_file
+from passion_monai.networks.checkpoints import run_folder
+from passion_monai.presence import write_presence
+
+__all__ = ["read_settings", "trained_grid", "write_run"]
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = (
+    *("modalities", "phantom", "dataset", "backbone", "class_names", "regions", "missing_rates", "seed", "objective"),
+    *("modality_dropout", "lambda_pixel", "lambda_prototype", "use_task_mask", "adaptive_beta", "epochs"),
+)
+
+
+def write_run(
+    output_dir: str | Path,
+    *,
+    bundle: str,
+    cases: Sequence[Mapping[str, Any]],
+    modalities: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write ``run.json``, what a training was, and ``presence.json``, which training case has which modality.
+
+    A training that is resumed writes them again, the same as before.
+
+    Args:
+        output_dir: folder of the run.
+        bundle: folder of the bundle, whose name is kept.
+        cases: the training cases; of one that is there slice by slice, any slice says what it has.
+        modalities: names of the M modalities.
+        settings: whatever else there is to say of the run, for JSON.
+    """
+    folder = Path(output_dir)
+    phantom = is_phantom(cases[0]["label"])
+    record = {"bundle": Path(bundle).name, "modalities": list(modalities), "phantom": phantom, **settings}
+    with complete_file(folder / "run.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    by_id = {case["case"]: dict(case) for case in cases}
+    presence = datalist_presence(list(by_id.values()), modalities)
+    write_presence(folder / "presence.json", list(by_id), presence, modalities=modalities)
+
+
+def trained_grid(
+    weights: str | Path | Sequence[str | Path], *, spacing: Sequence[float], roi_size: Sequence[int]
+) -> dict[str, list[float] | list[int]]:
+    """The grid that weights were trained on, since on another one they predict something else without a word.
+
+    Args:
+        weights: path of the checkpoint, or of several. ``run.json`` in the folder above the first one's says it.
+        spacing: millimetres of a voxel, where it does not.
+        roi_size: size of the crop, where it does not.
+
+    Returns:
+        ``spacing`` and ``roi_size``.
+
+    Raises:
+        ValueError: when ``run.json`` is there and cannot be read.
+    """
+    folder = run_folder(weights)
+    grid: dict[str, Any] = {"spacing": list(spacing), "roi_size": list(roi_size)}
+    if (folder / "run.json").is_file():
+        known = read_settings(folder)
+        grid |= {name: known[name] for name in grid if name in known}
+        logger.info(f"spacing {grid['spacing']} mm and roi_size {grid['roi_size']}, as in {folder / 'run.json'}.")
+    return grid
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the ``run.json`` of a run says.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it cannot be read, or lacks something.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no run.json, which says what the run was; its training command with --resume True writes it."
+        )
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in _SETTINGS if key not in settings]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; the training command with --resume True writes it anew.")
+    return settings
