@@ -25,8 +25,9 @@ from monai.bundle import create_workflow
 from torch import Tensor
 
 from passion_monai.datasets import discover, get_spec
-from passion_monai.datasets.datalist import split_cases, write_datalist
+from passion_monai.datasets.datalist import write_datalist
 from passion_monai.datasets.phantom import write_phantom
+from passion_monai.datasets.splitting import split_cases
 
 __all__: list[str] = []
 

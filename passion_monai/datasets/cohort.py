@@ -15,10 +15,10 @@ from passion_monai.datasets.datalist import (
     datalist_presence,
     read_datalist,
     read_json,
-    split_cases,
     write_datalist,
 )
 from passion_monai.datasets.discovery import strip_extension
+from passion_monai.datasets.splitting import split_cases
 from passion_monai.files import split_volume
 from passion_monai.presence import missing_rates as realised_missing_rates
 from passion_monai.presence import read_presence, simulate_presence

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from passion_monai.datasets import DATASETS, DatasetSpec, get_spec
-from passion_monai.datasets.datalist import SECTIONS, fold_cases, modality_counts, split_cases, write_datalist
+from passion_monai.datasets.datalist import SECTIONS, modality_counts, write_datalist
+from passion_monai.datasets.splitting import fold_cases, split_cases
 
 __all__ = ["datalist_command", "datalist_parser"]
 

@@ -23,8 +23,9 @@ from monai.bundle import create_workflow
 
 from passion_monai.datasets import discover, get_spec
 from passion_monai.datasets.cache import FileCacheDataset
-from passion_monai.datasets.datalist import split_cases, write_datalist
+from passion_monai.datasets.datalist import write_datalist
 from passion_monai.datasets.phantom import write_phantom
+from passion_monai.datasets.splitting import split_cases
 from passion_monai.handlers import TrainingLog
 from passion_monai.resume import LastCheckpoint, _CheckpointFiles
 

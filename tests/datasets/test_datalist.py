@@ -15,12 +15,11 @@ from passion_monai.datasets import DATASETS, DatasetSpec, discover, get_spec
 from passion_monai.datasets.datalist import (
     apply_presence,
     datalist_presence,
-    fold_cases,
     modality_counts,
     read_datalist,
-    split_cases,
     write_datalist,
 )
+from passion_monai.datasets.splitting import fold_cases, split_cases
 
 MODALITIES = ("a", "b", "c")
 SPEC = DatasetSpec(

@@ -13,9 +13,10 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 
 from passion_monai.evaluation import metrics
+from passion_monai.evaluation.case_scores import surface_distances
 from passion_monai.evaluation.dice import dice
 from passion_monai.evaluation.lesions import check_panoptica, lesion_scores
-from passion_monai.evaluation.metrics import CombinationScores, surface_distances
+from passion_monai.evaluation.metrics import CombinationScores
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, LESION_COLUMNS, SCORE_COLUMNS, combination_table
 
 SPACING = (1.0, 1.0, 2.0)

@@ -20,15 +20,13 @@ from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
+from passion_monai.evaluation.case_scores import score_case, surface_distances
 from passion_monai.evaluation.dice import CombinationDiceMetric, dice, region_masks
 from passion_monai.evaluation.kept_maps import read_kept_case
 from passion_monai.evaluation.metrics import (
-    EMPTY_DISTANCE,
     CombinationScores,
-    score_case,
-    surface_distances,
 )
-from passion_monai.evaluation.tables import SCORE_COLUMNS, read_scores
+from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores
 from passion_monai.presence import combination_name, combinations
 from passion_monai.transforms import FULL_CONFIDENCE
 
