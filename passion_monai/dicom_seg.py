@@ -70,7 +70,7 @@ def segment_series(segmenter: Segmenter, folders: Mapping[str, str | Path], outp
     Raises:
         ImportError: when highdicom is not installed.
         ValueError: when a name is none of the bundle's sequences, a folder holds no series, or two are not of one
-            patient and study; or when the images cannot be used, as the message says.
+            patient, study and frame of reference; or when the images cannot be used, as the message says.
     """
     _import("highdicom")  # first, since a prediction takes minutes
     if unknown := sorted(set(folders) - set(segmenter.modalities)):
@@ -224,9 +224,9 @@ def _describe_segments(names: Sequence[str], bundle: Path, sequences: Sequence[s
 
 
 def _check_same_study(series: Mapping[str, Sequence[Dataset]]) -> None:
-    for keyword in ("PatientID", "StudyInstanceUID"):
+    for keyword in ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
         slices = {f"{name} ({image.filename})": image for name, images in series.items() for image in images}
-        _check_same(keyword, slices, "series of one patient and study")
+        _check_same(keyword, slices, "series of one patient, study and frame of reference")
 
 
 def _check_same(keyword: str, images: Mapping[str, Dataset], wanted: str) -> None:

@@ -144,12 +144,15 @@ def test_frames_refer_to_the_slices_that_they_lie_on(tmp_path: Path, directions:
     affine = affine_of(directions)
     series = {name: read_series(folder) for name, folder in two_series(tmp_path, affine).items()}
     seg = make_dicom_seg(random_label(affine), series, CLASSES, BUNDLE)
-    positions = {image.SOPInstanceUID: image.ImagePositionPatient for image in series["flair"]}
+    images = {image.SOPInstanceUID: image for slices in series.values() for image in slices}
     assert seg.NumberOfFrames == 3 * (SHAPE[2] - 2)
     for frame in seg.PerFrameFunctionalGroupsSequence:
-        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
-        position = frame.PlanePositionSequence[0].ImagePositionPatient
-        np.testing.assert_allclose(position, positions[source.ReferencedSOPInstanceUID], atol=1e-3)
+        sources = frame.DerivationImageSequence[0].SourceImageSequence
+        slices = [images[source.ReferencedSOPInstanceUID] for source in sources]
+        assert [image.SeriesDescription for image in slices] == ["flair", "t1"]
+        for image in slices:
+            place = frame.PlanePositionSequence[0].ImagePositionPatient
+            np.testing.assert_allclose(place, image.ImagePositionPatient, atol=1e-3)
     referenced = {item.SeriesInstanceUID for item in seg.ReferencedSeriesSequence}
     assert referenced == {slices[0].SeriesInstanceUID for slices in series.values()}
 
@@ -236,10 +239,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=words):
             make_dicom_seg(random_label(affine, shape), series, CLASSES, BUNDLE)
 
-    @pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID"])
+    @pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID", "FrameOfReferenceUID"])
     def test_series_of_two_patients_or_studies(self, tmp_path: Path, segmenter: Segmenter, keyword: str):
         folders = {"flair": self.series(tmp_path / "flair"), "t1": self.series(tmp_path / "t1", **{keyword: "1.2.3"})}
-        words = f"flair .* and t1 .* differ in {keyword}, .* against 1.2.3; give series of one patient and study"
+        words = f"flair .* and t1 .* differ in {keyword}, .* against 1.2.3; give series of one patient, study and frame"
         with pytest.raises(ValueError, match=words):
             segment_series(segmenter, folders, tmp_path / "out")
 
