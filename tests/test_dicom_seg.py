@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -21,7 +26,9 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from passion_monai import Segmenter
 from passion_monai.dicom_seg import main, make_dicom_seg, read_series, segment_series
 
-BUNDLE = Path(__file__).parents[1] / "bundles" / "brats_rfnet_passion"
+ROOT = Path(__file__).parents[1]
+BUNDLE = ROOT / "bundles" / "brats_rfnet_passion"
+APPLICATION = ROOT / "examples" / "monai_deploy" / "application.py"
 IDS = {"roi_size": [32, 32, 32], "spacing": [6.0, 6.0, 6.0], "network_def::width": 4}
 CLASSES = {"background": 0, "edema": 2, "enhancing tumour": 4, "resection cavity": 500}
 STUDY = {
@@ -292,3 +299,90 @@ class TestErrors:
         with pytest.raises(SystemExit):
             main(["--bundle", str(BUNDLE), "--output", str(tmp_path), f"t1={self.series(tmp_path / 't1')}"])
         assert 'DICOM SEG needs highdicom: pip install "passion-monai[dicom]"' in capsys.readouterr().err
+
+
+class TestMonaiDeploy:
+    """examples/monai_deploy/, within the SDK where it is installed, and with a stand-in for its names elsewhere."""
+
+    @pytest.fixture
+    def application(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        class Operator:
+            def __init__(self, fragment: Any, *args: Any, **kwargs: Any) -> None:
+                pass
+
+        names = ("CountCondition", "Application", "Fragment", "OperatorSpec")
+        names += ("DICOMDataLoaderOperator", "DICOMSeriesSelectorOperator")
+        sdk = SimpleNamespace(Operator=Operator, **dict.fromkeys(names, object))
+        for module in ("conditions", "core", "operators.dicom_data_loader_operator"):
+            monkeypatch.setitem(sys.modules, f"monai.deploy.{module}", sdk)
+        monkeypatch.setitem(sys.modules, "monai.deploy.operators.dicom_series_selector_operator", sdk)
+        spec = importlib.util.spec_from_file_location("application", APPLICATION)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def selected(self, folder: Path) -> SimpleNamespace:
+        """A series as the SDK holds it in memory."""
+        images = [pydicom.dcmread(file) for file in folder.iterdir()]
+        instances = [SimpleNamespace(get_native_sop_instance=lambda image=image: image) for image in images]
+        uid = images[0].SeriesInstanceUID
+        return SimpleNamespace(series=SimpleNamespace(SeriesInstanceUID=uid, get_sop_instances=lambda: instances))
+
+    def compute(self, application: ModuleType, segmenter: Any, output: Path, *selections: dict[str, Any]) -> None:
+        operator = application.PassionOperator(None, segmenter=segmenter, output=output)
+        studies = [SimpleNamespace(series_by_selection_name=selection) for selection in selections]
+        operator.compute(SimpleNamespace(receive=lambda name: studies), None, None)
+
+    def test_the_operator_writes_a_seg_for_each_study(
+        self, tmp_path: Path, application: ModuleType, segmenter: Segmenter
+    ):
+        folders = two_series(tmp_path / "in", affine_of(ORIENTATIONS["oblique"], (4.0, 5.0, 8.0)), (32, 28, 20))
+        selection = {name: [self.selected(folder)] for name, folder in folders.items()}
+        self.compute(application, segmenter, tmp_path / "out", selection, {"t1": selection["t1"]})
+        files = {
+            segread(file).ReferencedSeriesSequence[0].SeriesInstanceUID: file for file in (tmp_path / "out").iterdir()
+        }
+        for given in (folders, {"t1": folders["t1"]}):
+            first = read_series(next(iter(given.values())))[0].SeriesInstanceUID
+            check_seg(files.pop(first), segmenter(given).label, segmenter.classes)
+        assert not files
+
+    def test_what_the_rules_select_must_be_clear(self, tmp_path: Path, application: ModuleType):
+        folders = two_series(tmp_path / "in", affine_of(ORIENTATIONS["axial"]))
+        flair, t1 = map(self.selected, folders.values())
+        with pytest.raises(ValueError, match="No series fits any of the rules"):
+            self.compute(application, None, tmp_path / "out")
+        for selection in ({"flair": [flair, t1]}, {"flair": [flair], "t2": [flair], "t1": [t1]}):
+            with pytest.raises(ValueError, match="The rules must select one series for each sequence"):
+                self.compute(application, None, tmp_path / "out", selection)
+
+    @pytest.mark.parametrize(
+        ("description", "sequence"),
+        [
+            ("AX T2 FLAIR", "flair"),
+            ("t1_mprage_space_sag", "t1"),
+            ("T1 MPRAGE post Gd", "t1ce"),
+            ("t1ce", "t1ce"),
+            ("t1_ce_tra", "t1ce"),
+            ("t2_tse_tra", "t2"),
+        ],
+    )
+    def test_a_description_fits_one_rule(self, description: str, sequence: str):
+        rules = json.loads((APPLICATION.parent / "rules.json").read_text())["selections"]
+        fits = [rule["name"] for rule in rules if re.search(rule["conditions"]["SeriesDescription"], description, re.I)]
+        assert fits == [sequence]
+
+    @pytest.mark.skipif(importlib.util.find_spec("holoscan") is None, reason="needs monai-deploy-app-sdk")
+    def test_the_application_runs_in_the_sdk(self, tmp_path: Path, weights: str, segmenter: Segmenter):
+        bundle = shutil.copytree(BUNDLE, tmp_path / BUNDLE.name)
+        config = bundle / "configs" / "inference.yaml"
+        small = config.read_text().replace("80, 80, 80", "32, 32, 32").replace("1.0, 1.0, 1.0", "6.0, 6.0, 6.0")
+        config.write_text(small.replace("width: 8", "width: 4"))
+        (bundle / "models").mkdir(exist_ok=True)
+        shutil.copy(weights, bundle / "models" / "model.pt")
+        folders = two_series(tmp_path / "in", affine_of(ORIENTATIONS["oblique"], (4.0, 5.0, 8.0)), (32, 28, 20))
+        (tmp_path / "out").mkdir()
+        words = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(bundle)]
+        subprocess.run([sys.executable, str(APPLICATION), *words], check=True)
+        (file,) = (tmp_path / "out").iterdir()
+        check_seg(file, segmenter(folders).label, segmenter.classes)
