@@ -42,7 +42,14 @@ _CODES: dict[str, Code] = {
 _PRIVATE = "99PASSION"  # the standard wants 99 in front of a scheme of one's own
 _SERIES_NUMBER = 1000  # behind those of scanners
 # Without these a slice has no place, or no patient.
-_NEEDED = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPInstanceUID", "Rows")
+_NEEDED: tuple[str, ...] = (
+    "PatientID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "SOPInstanceUID",
+    "Rows",
+)
 _NEEDED += ("Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
 # The standard wants them empty where they are unknown; anonymised files often lack them, which says the same.
 _MAY_BE_EMPTY = (
@@ -114,6 +121,8 @@ def _read_image(path: Path) -> Dataset | None:
         image: Dataset = pydicom.dcmread(path, stop_before_pixels=True)
     except pydicom.errors.InvalidDicomError:
         return None
+    for name in set(_MAY_BE_EMPTY) - set(image.dir()):
+        setattr(image, name, None)
     return image if "Rows" in image else None
 
 
@@ -123,8 +132,8 @@ def make_dicom_seg(
     """A label image as a DICOM SEG, with one binary segment for each class but the background.
 
     Args:
-        label: [columns, rows, slices], on the grid of the first series.
-        series: of each sequence that was used, by its name, the slices in any order.
+        label: on the grid of the first series; its axes may be turned.
+        series: of each sequence that was used, by its name, what :func:`read_series` gives.
         classes: names of the classes, background first, each with its value in the label image.
         bundle: folder of the bundle, which is named with its version as the algorithm.
 
@@ -137,12 +146,9 @@ def make_dicom_seg(
     """
     highdicom = _import("highdicom")
     first, *others = series.values()
-    slices = _sort_to(label, first)
-    for image in slices:
-        for name in set(_MAY_BE_EMPTY) - set(image.dir()):
-            setattr(image, name, None)
+    label, slices = _onto_slices(label, first)
     frames = _segment_numbers(label, list(classes.values()))
-    return highdicom.seg.Segmentation(
+    dataset: Dataset = highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=frames,
         segmentation_type="BINARY",
@@ -160,34 +166,43 @@ def make_dicom_seg(
         omit_empty_frames=bool(frames.any()),  # a SEG needs one frame, where nothing is found too
         further_source_images=[image for slices in others for image in slices] or None,
     )
+    return dataset
 
 
-def _sort_to(label: nib.Nifti1Image, slices: Sequence[Dataset]) -> list[Dataset]:
-    """The slices in the order of the label image, on whose planes they must lie."""
-    affine = _TO_DICOM @ label.affine
-    ordered = sorted(slices, key=lambda image: float(affine[:3, 2] @ image.ImagePositionPatient))
-    shape = (ordered[0].Columns, ordered[0].Rows, len(ordered))
+def _onto_slices(label: nib.Nifti1Image, slices: Sequence[Dataset]) -> tuple[nib.Nifti1Image, list[Dataset]]:
+    """The label image as [columns, rows, slices], and the slices in its order, on whose planes it must lie."""
+    first = _plane(slices[0])
+    normal = np.cross(first[:, 0], first[:, 1])
+    ordered = sorted(slices, key=lambda image: float(normal @ _plane(image)[:, 2]))
+    # Software that makes NIfTI of DICOM may turn the axes round.
+    to_slices = np.linalg.inv(np.c_[first[:, :2], normal]) @ (_TO_DICOM @ label.affine)[:3, :3]
+    label = label.as_reoriented(nib.io_orientation(nib.affines.from_matvec(to_slices)))
+    _check_grid(label, ordered)
+    return label, ordered
+
+
+def _check_grid(label: nib.Nifti1Image, slices: Sequence[Dataset]) -> None:
+    shape = (slices[0].Columns, slices[0].Rows, len(slices))
     if label.shape != shape:
         raise ValueError(f"The label image has the shape {label.shape}, but the series {shape}.")
-    # In the plane of a slice: the steps along its columns and rows, and where it begins.
-    planes = [np.c_[affine[:3, :2], affine[:3, 3] + index * affine[:3, 2]] for index in range(len(ordered))]
+    affine = _TO_DICOM @ label.affine
+    planes = [np.c_[affine[:3, :2], affine[:3, 3] + index * affine[:3, 2]] for index in range(len(slices))]
     ends = np.array([(i, j, 1) for i in (0, shape[0] - 1) for j in (0, shape[1] - 1)]).T
-    distances = [
-        float(np.abs((_plane(image) - plane) @ ends).max()) for image, plane in zip(ordered, planes, strict=True)
-    ]
-    if max(distances) > _SAME_GRID * np.linalg.norm(affine[:3, :3], axis=0).min():
+    distance = max(np.abs((_plane(image) - plane) @ ends).max() for image, plane in zip(slices, planes, strict=True))
+    if distance > _SAME_GRID * np.linalg.norm(affine[:3, :3], axis=0).min():
         raise ValueError(
-            f"The label image lies on another grid than the series, up to {max(distances):.3g} mm away; slices must "
+            f"The label image lies on another grid than the series, up to {distance:.3g} mm away; slices must "
             "be evenly spaced, and the label image on the grid of the first sequence."
         )
-    return ordered
 
 
 def _plane(image: Dataset) -> np.ndarray:
-    """Where pixel (column, row, 1) of a slice lies: [3, 3], in mm in the patient's coordinates."""
-    along_row, along_column = np.reshape(image.ImageOrientationPatient, (2, 3)).astype(float)
+    """The steps along the columns and rows of a slice, and where it begins: [3, 3], in mm in DICOM's coordinates."""
+    directions = np.array(image.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
     between_rows, between_columns = image.PixelSpacing
-    return np.c_[along_row * between_columns, along_column * between_rows, np.array(image.ImagePositionPatient, float)]
+    steps = directions.T * [float(between_columns), float(between_rows)]
+    plane: np.ndarray = np.c_[steps, np.array(image.ImagePositionPatient, dtype=np.float64)]
+    return plane
 
 
 def _segment_numbers(label: nib.Nifti1Image, values: Sequence[int]) -> np.ndarray:

@@ -136,13 +136,15 @@ def check_seg(path: Path, label: nib.Nifti1Image, classes: Mapping[str, int]) ->
     return seg
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["", "slices the other way round"])
-def test_every_voxel_lies_where_the_label_image_has_it(tmp_path: Path, directions: np.ndarray, turned: bool):
+@pytest.mark.parametrize(
+    "turn",
+    [[[0, 1], [1, 1], [2, 1]], [[0, 1], [1, 1], [2, -1]], [[0, 1], [1, -1], [2, 1]], [[2, -1], [0, 1], [1, -1]]],
+    ids=["as the slices", "slices the other way round", "rows the other way round", "axes in another order"],
+)
+def test_every_voxel_lies_where_the_label_image_has_it(tmp_path: Path, directions: np.ndarray, turn: list[list[int]]):
     affine = affine_of(directions)
     series = {name: read_series(folder) for name, folder in two_series(tmp_path, affine).items()}
-    label = random_label(affine)
-    if turned:
-        label = label.as_reoriented(np.array([[0, 1], [1, 1], [2, -1]]))
+    label = random_label(affine).as_reoriented(np.array(turn))
     make_dicom_seg(label, series, CLASSES, BUNDLE).save_as(tmp_path / "seg.dcm")
     check_seg(tmp_path / "seg.dcm", label, CLASSES)
 
@@ -186,9 +188,12 @@ def test_it_says_who_was_segmented_what_was_found_and_by_what(tmp_path: Path):
 
 def test_nothing_found_and_nothing_known_of_the_patient_make_a_file_too(tmp_path: Path):
     affine = affine_of(ORIENTATIONS["axial"])
-    series = {"t1": read_series(two_series(tmp_path, affine)["t1"])}
-    for image in series["t1"]:
+    folder = two_series(tmp_path, affine)["t1"]
+    for file in folder.iterdir():
+        image = pydicom.dcmread(file)
         del image.PatientBirthDate, image.AccessionNumber
+        image.save_as(file)
+    series = {"t1": read_series(folder)}
     label = nib.Nifti1Image(np.zeros(SHAPE, dtype=np.uint8), TO_NIFTI @ affine)
     seg = make_dicom_seg(label, series, CLASSES, BUNDLE)
     assert not seg.pixel_array.any()
