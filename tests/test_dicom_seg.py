@@ -231,6 +231,20 @@ def test_the_command_writes_what_the_segmenter_predicts(
     assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == read_series(folders["flair"])[0].SeriesInstanceUID
 
 
+def test_series_on_other_grids_count_as_sources_too(tmp_path: Path, weights: str):
+    folders = two_series(tmp_path / "fine", affine_of(ORIENTATIONS["oblique"], (4.0, 5.0, 8.0)), (32, 28, 20))
+    folders["t1"] = two_series(tmp_path / "coarse", affine_of(ORIENTATIONS["axial"], (6.0, 6.0, 9.0)), (20, 22, 16))[
+        "t1"
+    ]
+    segmenter = Segmenter(BUNDLE, ckpt_path=weights, on_grid_mismatch="resample", **IDS)
+    path = segment_series(segmenter, folders, tmp_path / "out")
+    seg = check_seg(path, segmenter(folders).label, segmenter.classes)
+    uids = [read_series(folders[name])[0].SeriesInstanceUID for name in ("flair", "t1")]
+    assert [series.SeriesInstanceUID for series in seg.ReferencedSeriesSequence] == uids
+    with pytest.raises(ValueError, match="t1 lies on another grid than flair"):
+        segment_series(Segmenter(BUNDLE, ckpt_path=weights, **IDS), folders, tmp_path / "out")
+
+
 class TestErrors:
     def series(self, folder: Path, **attributes: Any) -> Path:
         voxels = np.ones(SHAPE, dtype=np.uint16)
