@@ -42,15 +42,8 @@ _CODES: dict[str, Code] = {
 _PRIVATE = "99PASSION"  # the standard wants 99 in front of a scheme of one's own
 _SERIES_NUMBER = 1000  # behind those of scanners
 # Without these a slice has no place, or no patient.
-_NEEDED: tuple[str, ...] = (
-    "PatientID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "FrameOfReferenceUID",
-    "SOPInstanceUID",
-    "Rows",
-)
-_NEEDED += ("Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
+_NEEDED = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPInstanceUID")
+_GEOMETRY = ("Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
 # The standard wants them empty where they are unknown; anonymised files often lack them, which says the same.
 _MAY_BE_EMPTY = (
     "PatientName",
@@ -108,7 +101,7 @@ def read_series(folder: str | Path) -> list[Dataset]:
     if not slices:
         raise ValueError(f"{folder} holds no DICOM image; give the folder of a series.")
     for image in slices:
-        if missing := [name for name in _NEEDED if not image.get(name)]:
+        if missing := [name for name in _NEEDED + _GEOMETRY if not image.get(name)]:
             raise ValueError(f"{image.filename} has no {missing}; a series needs one file for each slice, with these.")
     _check_same("SeriesInstanceUID", {str(image.filename): image for image in slices}, "files of one series")
     return slices
@@ -142,7 +135,7 @@ def make_dicom_seg(
 
     Raises:
         ImportError: when highdicom is not installed.
-        ValueError: when the label image has another grid.
+        ValueError: when the label image has another grid, or values of no class.
     """
     highdicom = _import("highdicom")
     first, *others = series.values()
@@ -208,6 +201,8 @@ def _plane(image: Dataset) -> np.ndarray:
 def _segment_numbers(label: nib.Nifti1Image, values: Sequence[int]) -> np.ndarray:
     """Number of the segment of each voxel, 0 for none: uint8 [slices, rows, columns]."""
     voxels = np.asanyarray(label.dataobj).T
+    if unknown := sorted(set(np.unique(voxels).tolist()) - set(values)):
+        raise ValueError(f"The label image holds {unknown}, which are no classes; the values of these are {values}.")
     numbers = np.zeros(voxels.shape, dtype=np.uint8)
     for number, value in enumerate(values[1:], start=1):
         numbers[voxels == value] = number

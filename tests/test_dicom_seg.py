@@ -265,6 +265,16 @@ class TestErrors:
         with pytest.raises(ValueError, match=words):
             make_dicom_seg(random_label(affine, shape), series, CLASSES, BUNDLE)
 
+    def test_values_of_no_class(self, tmp_path: Path):
+        series, label = (
+            {"t1": read_series(self.series(tmp_path / "t1"))},
+            random_label(affine_of(ORIENTATIONS["oblique"])),
+        )
+        with pytest.raises(
+            ValueError, match=r"holds \[4\], which are no classes; the values of these are \[0, 2, 500\]"
+        ):
+            make_dicom_seg(label, series, {"background": 0, "edema": 2, "cavity": 500}, BUNDLE)
+
     @pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID", "FrameOfReferenceUID"])
     def test_series_of_two_patients_or_studies(self, tmp_path: Path, segmenter: Segmenter, keyword: str):
         folders = {"flair": self.series(tmp_path / "flair"), "t1": self.series(tmp_path / "t1", **{keyword: "1.2.3"})}
