@@ -52,6 +52,7 @@ class Segmenter:
             ``save_probabilities=True``.
 
     Attributes:
+        bundle: folder of the bundle.
         modalities: names of the sequences that it knows.
         classes: names of the classes, background first, each with its value in a label image.
 
@@ -68,6 +69,7 @@ class Segmenter:
         config = Path(bundle) / "configs" / "inference.yaml"
         if not config.is_file():
             raise FileNotFoundError(f"{config} does not exist; give the folder of a bundle.")
+        self.bundle = Path(bundle).resolve()
         self._folder = Path(tempfile.mkdtemp(prefix="segmenter"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._parser = ConfigParser()
@@ -76,7 +78,7 @@ class Segmenter:
         unknown = [name for name in ids if name.split("::")[0] not in known]
         if unknown:
             raise ValueError(f"{config} has no {unknown}; it has {sorted(known)}.")
-        fixed = {"bundle_root": str(Path(bundle).resolve()), "output_dir": str(self._folder), "num_workers": 0}
+        fixed = {"bundle_root": str(self.bundle), "output_dir": str(self._folder), "num_workers": 0}
         self._parser.update({**fixed, **ids, "dataset::data": [{}]})  # one patient at a time
         for checks in ("settings", "inference_settings", "kept_memory"):
             self._parser.get_parsed_content(checks)

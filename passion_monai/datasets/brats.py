@@ -40,6 +40,7 @@ SPEC = DatasetSpec(
     # DICOM PS3.16, context group 7168, types of brain lesions.
     dicom_codes={
         "necrotic and non-enhancing tumour core": ("6574001", "SCT", "Necrosis"),
+        "non-enhancing core": ("C81175", "NCIt", "Non-Enhancing Lesion"),  # as classes of 2024 are called in the README
         "edema": ("79654002", "SCT", "Edema"),
         "enhancing tumour": ("C113842", "NCIt", "Enhancing Lesion"),
     },
