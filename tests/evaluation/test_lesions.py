@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 
-from passion_monai.evaluation import metrics
+from passion_monai.evaluation import case_scores, metrics
 from passion_monai.evaluation.case_scores import surface_distances
 from passion_monai.evaluation.dice import dice
 from passion_monai.evaluation.lesions import check_panoptica, lesion_scores
@@ -132,7 +132,7 @@ def test_columns_and_tables_of_what_is_scored(tmp_path: Path, monkeypatch: pytes
         return dict(zip(LESION_COLUMNS, (found, 100 * (1 - found), 2 * found, 2 - 2 * found, 0), strict=True))
 
     monkeypatch.setattr(metrics, "check_panoptica", lambda: None)
-    monkeypatch.setattr(metrics, "lesion_scores", fake)
+    monkeypatch.setattr(case_scores, "lesion_scores", fake)
     scores = run(tmp_path, lesionwise=True)
     assert tuple(scores) == (*SCORE_COLUMNS, *LESION_COLUMNS)
     assert scores["lesion_dice"].tolist() == [0.5, 0, 1]
