@@ -30,7 +30,7 @@ _held: set[tuple[int, Path]] = set()
 
 
 def claim_folder(output_dir: str | Path, *, resume: bool, overwrite: bool) -> None:
-    """Keep a folder for the training of this process, until the process ends, and leave a training in it alone.
+    """Reserve a folder for this process's training until the process ends, and protect a training that is in it.
 
     Of several processes that train together the first one holds the lock, and all of them fail if it cannot.
 
@@ -66,7 +66,7 @@ def _check_that_it_is_free(folder: Path) -> None:
 
 
 def lock_folder(folder: str | Path, work: str, *, go_on: str) -> None:
-    """Keep a folder for one kind of work of this process, until the process ends.
+    """Reserve a folder for one kind of work of this process, until the process ends.
 
     The lock is the operating system's, so that nothing of it is left of a process that was killed.
 

@@ -42,7 +42,7 @@ def check_switches(**switches: object) -> None:
 
 
 def check_calibrated(*, calibrated: object, **shown: object) -> None:
-    """Refuse to calibrate probabilities that nothing shows.
+    """Refuse `calibrated` where its effect would be shown nowhere.
 
     Args:
         calibrated: the id that is checked.
@@ -58,7 +58,7 @@ def check_calibrated(*, calibrated: object, **shown: object) -> None:
 
 
 def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:
-    """Refuse to average over flips of no axis.
+    """Refuse `flip_test` where no axis may be flipped.
 
     Raises:
         ValueError: when `flip_test` is no switch, or is on and there is no axis.
@@ -69,7 +69,7 @@ def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:
 
 
 def check_choices(allowed: Sequence[str], **choices: object) -> None:
-    """Refuse what is not among the names allowed.
+    """Refuse a value that is not one of the allowed names.
 
     Raises:
         ValueError: naming the id, what is allowed and what it was given.
@@ -80,7 +80,7 @@ def check_choices(allowed: Sequence[str], **choices: object) -> None:
 
 
 def check_paths(**paths: object) -> None:
-    """Refuse what is neither text nor None for the ids of a configuration that are files or folders.
+    """Refuse anything but text and None for ids that are files or folders.
 
     The command line takes ``--output_dir 2020`` for a number.
 
@@ -93,7 +93,7 @@ def check_paths(**paths: object) -> None:
 
 
 def check_device(device: str | torch.device) -> None:
-    """Refuse a device that does not exist or is not there.
+    """Refuse a device that this machine does not have.
 
     Raises:
         ValueError: naming the device and why it cannot be used.
@@ -109,7 +109,7 @@ def check_device(device: str | torch.device) -> None:
 def check_numbers(
     minimum: float, *, below: float = math.inf, whole: bool = False, length: int | None = None, **numbers: object
 ) -> None:
-    """Refuse what is no number, or out of range, for the ids of a configuration that are numbers or lists of them.
+    """Refuse values that are no numbers, or out of range, for ids that are numbers or lists of numbers.
 
     Args:
         minimum: the least that is allowed.
@@ -147,7 +147,7 @@ def _is_scientific(text: str) -> bool:
 
 
 def check_ids(config: str) -> None:
-    """Refuse ids of the running configuration that mean nothing, as misspelt ones do.
+    """Refuse unknown ids in the running configuration, such as misspelt ones.
 
     MONAI takes any id: ``--epoch 3``, where ``epochs`` is meant, adds an id that nobody asks for, and trains as long as
     it would have without. An id counts as known if it stands in the workflow's own file. Others, be they from the

@@ -1,4 +1,4 @@
-"""What lies where: `presence` in the CPU's memory, all else on the device, and what goes between them does not wait."""
+"""Where tensors lie: `presence` in the CPU's memory, all else on the device; copies between them do not wait."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["PreparePresence", "read_back", "send"]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU's on a device, without waiting for what the device still has to do."""
+    """Copy a small tensor from the CPU to a device, without waiting for the device."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def read_back(tensor: Tensor) -> Tensor:
-    """A tensor in the CPU's memory, after all that the device still has to do.
+    """Copy a tensor to the CPU, waiting for the device.
 
     A training step calls this where values decide what is computed next, and nowhere else.
     """
@@ -25,7 +25,7 @@ def read_back(tensor: Tensor) -> Tensor:
 
 
 class PreparePresence(PrepareBatch):
-    """Image and label of a batch on the device, and `presence` for the network where it is, in the CPU's memory.
+    """Put image and label of a batch on the device, and keep `presence` in the CPU's memory.
 
     It decides what is computed; from a GPU it would have to come back, and each step would wait for the one before.
 

@@ -54,7 +54,7 @@ def start_process_group() -> None:
 
 
 def training_sampler(dataset: Dataset, *, seed: int) -> Sampler[int]:
-    """Gives every process its own samples, in a new order each epoch, and no sample to two of them.
+    """Give every process its own samples, in a new order each epoch, and no sample to two processes.
 
     What is left over when the samples are not a multiple of the processes is left out of that epoch, other samples in
     each.
@@ -71,7 +71,7 @@ def training_sampler(dataset: Dataset, *, seed: int) -> Sampler[int]:
 
 
 def validation_sampler(dataset: Dataset) -> Sampler[int]:
-    """Shares the cases out among the processes, each case to one of them.
+    """Divide the cases among the processes; each case goes to one of them.
 
     Fewer cases than processes are given to all of them, which changes no mean.
     """

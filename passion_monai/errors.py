@@ -1,4 +1,4 @@
-"""What a run ends with on the screen: words for what its user can mend, a traceback for the rest."""
+"""What the user sees when a run fails: a message for what they can mend, a traceback for the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def end_with_words(*, debug: bool) -> None:
-    """Let ``python -m monai.bundle`` end with the words of an error of ours, instead of a traceback through MONAI.
+    """Make ``python -m monai.bundle`` end with the message of our errors, instead of a traceback through MONAI.
 
     Nothing that is raised changes, and no other program, which may have a use for the traceback.
 
@@ -33,7 +33,7 @@ def end_with_words(*, debug: bool) -> None:
 
 
 def find_words(error: BaseException) -> str:
-    """What an error says to the user who can mend it; empty for any other.
+    """The message of an error that the user can mend; empty for any other error.
 
     MONAI raises an error of its own from ours, one for each component around it; and what ours was raised from says
     less.

@@ -46,7 +46,7 @@ class Fault(NamedTuple):
 
 
 def find_fault(case: Mapping[Hashable, Any], error: BaseException) -> Fault:
-    """What an error that a transform or the network raised says of a case."""
+    """Describe an error that a transform or the network raised for a case."""
     while "applying transform" in str(error) and error.__cause__ is not None:
         error = error.__cause__  # MONAI's Compose wraps what its transforms raise
     name = str(case.get("case"))

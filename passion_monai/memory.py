@@ -12,7 +12,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in the process, so that the next tensor of the size of a feature map finds it mapped.
+    """Keep freed memory in the process, so that the next large tensor need not be mapped anew.
 
     A training step on a CPU allocates and frees tensors of 16 to 80 MB by the hundred. By default the GNU C library
     maps every one of them from the system anew, which has to clear its pages: up to a third of the time. Call this

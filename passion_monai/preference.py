@@ -1,4 +1,4 @@
-"""Relative preference and the coefficients it steers, as pure functions.
+"""Relative preference, and the coefficients beta that follow from it, as pure functions.
 
 Source: J. Shi et al., "PASSION", ACM MM 2024, https://doi.org/10.1145/3664647.3681543, Sec. 3.3. Everywhere N is the
 number of samples, M the number of modalities and C (`presence`) the bool presence matrix [N, M].

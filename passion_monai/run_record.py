@@ -56,7 +56,7 @@ def write_run(
 def trained_grid(
     weights: str | Path | Sequence[str | Path], *, spacing: Sequence[float], roi_size: Sequence[int]
 ) -> dict[str, list[float] | list[int]]:
-    """The grid that weights were trained on, since on another one they predict something else without a word.
+    """The spacing and crop that weights were trained with, which predictions need too.
 
     Args:
         weights: path of the checkpoint, or of several. ``run.json`` in the folder above the first one's says it.

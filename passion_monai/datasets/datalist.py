@@ -53,7 +53,7 @@ _SAMPLE_KEYS = ("image", "pred", "files", "slice", FAULT_KEY)
 
 
 def check_modalities(modalities: Sequence[str]) -> None:
-    """Check that these can be names of modalities.
+    """Check that names can be the keys of modalities in a datalist.
 
     Raises:
         ValueError: when there is none, one is there twice, or one is called like another key of a case.
@@ -318,7 +318,7 @@ def datalist_presence(cases: Sequence[Case], modalities: Sequence[str]) -> NDArr
 
 
 def check_every_modality(cases: Sequence[Case], modalities: Sequence[str], *, source: str | Path) -> None:
-    """Check that each modality is there to be learned from.
+    """Check that at least one case has each modality, so that each can be learned.
 
     Args:
         cases: the training cases.

@@ -42,7 +42,7 @@ def write_nnunet(
     fill_missing: bool = False,
     on_grid_mismatch: str = "raise",
 ) -> int:
-    """Write a dataset of nnU-Net; ``dataset.json`` comes last, and where it is, all is there.
+    """Write cases as a dataset of nnU-Net; ``dataset.json`` is written last, so where it is the dataset is complete.
 
     Args:
         datalist: path of the datalist.

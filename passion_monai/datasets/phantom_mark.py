@@ -16,7 +16,7 @@ PHANTOM_MARK = "PHANTOM, not a patient"
 
 
 def is_phantom(path: str | Path) -> bool:
-    """Whether an image file is of a phantom cohort, which stands in its header, wherever it has been moved to."""
+    """Whether an image file belongs to a phantom cohort, as its header says."""
     path, _ = split_volume(path)
     if not path.name.lower().endswith(".nii.gz"):
         return False

@@ -114,7 +114,7 @@ class CombinationDiceMetric(CumulativeIterationMetric):
 
 
 def check_masks(prediction: Tensor, label: Tensor) -> None:
-    """Refuse what are not two masks of one shape.
+    """Refuse anything but two boolean masks of one shape.
 
     Raises:
         TypeError: when a mask is not boolean.

@@ -61,7 +61,7 @@ def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha
 
 
 def read_expected_scores(weights: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
-    """What was written for these weights, or None where they were not evaluated.
+    """The scores that were written for these weights, or None where they were not evaluated.
 
     Args:
         weights: path of the checkpoint, or of several; see :func:`evaluation_folder`.

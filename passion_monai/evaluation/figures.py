@@ -291,7 +291,7 @@ def _plot_outline(ax: Axes, classes: NDArray) -> None:
 
 
 def colour(index: int) -> str:
-    """Of a class, modality or method."""
+    """The colour of a class, modality or method, the same in all figures."""
     return _COLOURS[index % len(_COLOURS)]
 
 

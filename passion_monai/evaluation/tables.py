@@ -222,7 +222,7 @@ def overall_table(scores: pd.DataFrame) -> str:
 
 
 def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable[str]) -> str:
-    """Everything there is to say of an evaluation, as Markdown: each metric under each convention for empty masks.
+    """The summary of an evaluation as Markdown: each metric under each convention for empty masks.
 
     Args:
         scores: rows with `SCORE_COLUMNS`.
@@ -287,7 +287,7 @@ def _circles(modalities: Sequence[str]) -> list[list[str]]:
 
 
 def shown_factor(metric: str) -> float:
-    """What a metric is multiplied by where people read it: Dice is shown in percent, the others in mm."""
+    """The factor by which a metric is multiplied for display: Dice is shown in percent, distances in mm."""
     return 100 if metric in ("dice", "lesion_dice") else 1
 
 

@@ -82,7 +82,7 @@ def head(spatial_dims: int, in_channels: int, num_classes: int) -> nn.Module:
 
 
 class Pointwise(nn.Module):
-    """A convolution with a kernel of 1 as what it is, a matrix product over the channels.
+    """A convolution with a kernel of 1, computed as a matrix product over the channels.
 
     Args:
         layer: the convolution.

@@ -60,7 +60,7 @@ _CHANNEL_PARTS = {
 
 
 class LoadReport(NamedTuple):
-    """What became of a checkpoint.
+    """Which entries of a checkpoint were loaded, and which were not.
 
     Attributes:
         loaded: parameters of the network that got a value.
@@ -177,7 +177,7 @@ def _read_tensors(path: Path) -> Any:
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Load the weights of a training into the network that it was about, to the last parameter.
+    """Load trained weights into the same network; every parameter must be there.
 
     Raises:
         FileNotFoundError: when there is no such file.

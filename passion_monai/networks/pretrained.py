@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class TransferReport(NamedTuple):
-    """What became of every parameter of a network.
+    """Which parameters of a network were taken over, and which start anew.
 
     Attributes:
         transferred: those that were taken over whole.

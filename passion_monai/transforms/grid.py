@@ -133,7 +133,7 @@ class CropToForegroundd(MapTransform):
 
 
 class SelectSliced(MapTransform):
-    """Take one slice of a volume, as plain tensors [1, H, W]: a slice by itself has no place in the patient's space.
+    """Take one slice of a volume, as plain tensors [1, H, W] without an affine.
 
     Args:
         keys: names of the M modalities.

@@ -17,7 +17,7 @@ _LABEL_ROUNDING = 1e-3  # how far a label value may lie from its whole number
 
 
 def values_in_file(data: Data, values: Sequence[int], key: str = "label_values") -> list[int]:
-    """File value of each class of a case: its own, unless those for all cases are these and more.
+    """The value of each class in a case's label file: the case's own, unless the values for all cases include more.
 
     Then they declare classes that the data set's do not have.
     """

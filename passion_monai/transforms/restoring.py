@@ -120,7 +120,7 @@ class RestoreClassesd(MapTransform):
 
 
 def resample_probabilities(probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:
-    """Probabilities [K, ...] from the network's grid on another one, linearly, with zeros outside of the first.
+    """Resample probabilities [K, ...] from the network's grid to another one, linearly, with 0 outside of the first.
 
     Args:
         probabilities: of K classes.
@@ -134,7 +134,7 @@ def resample_probabilities(probabilities: Tensor, source: Tensor, affine: Tensor
 
 
 def seen_voxels(probabilities: Tensor) -> Tensor:
-    """Where probabilities [K, ...] that :func:`resample_probabilities` gives are from inside the network's grid."""
+    """Which voxels of resampled probabilities [K, ...] lie inside the network's grid."""
     return probabilities.sum(dim=0) > _ON_GRID
 
 
@@ -175,7 +175,7 @@ def _confidence(probabilities: Tensor, seen: Tensor) -> Tensor:
 
 
 class ReplaceSmallClassesd(MapTransform):
-    """Let a class of which too few voxels are predicted in a class map be another class.
+    """Replace a class by another one where too few voxels of it are predicted.
 
     A habit of challenges where an empty region of the label counts for much: the BraTS challenge scored a single voxel
     of enhancing tumour in a patient without any as wholly wrong. It is no part of PASSION.
