@@ -105,19 +105,24 @@ def plot_curves(logs: Mapping[str, Sequence[pd.DataFrame]], *, modalities: Seque
     return figure
 
 
-def plot_case(cases: Mapping[str, KeptCase], *, class_names: Sequence[str]) -> Figure:
+def plot_case(
+    cases: Mapping[str, KeptCase], *, class_names: Sequence[str], names: Sequence[str] | None = None
+) -> Figure:
     """One slice of a case, a row per combination: the images given, the label, and each method's class map.
 
-    Shown are the combinations of one modality, of all but one, and of all, in the slice with the most label.
+    It is the slice with the most label.
 
     Args:
         cases: for each method the same case as it was kept.
         class_names: name of each class, background first.
+        names: of the combinations to show; None for those of one modality, of all but one, and of all.
     """
     case = next(iter(cases.values()))
     modalities = case.modalities.tolist()
     shown = [row for row in combinations(len(modalities)) if row.sum() in (1, len(row) - 1, len(row))]
-    names = [name for name in (combination_name(row, modalities) for row in shown) if name in case.combinations]
+    names = [
+        name for name in names or [combination_name(row, modalities) for row in shown] if name in case.combinations
+    ]
     box = _box(case.label)
     columns = [*modalities, "label", *cases]
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(names) + 0.6), layout="constrained")

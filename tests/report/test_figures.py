@@ -83,6 +83,12 @@ def test_a_case_has_a_row_per_combination_and_a_column_per_method() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["scar"]
 
 
+def test_only_the_combinations_that_are_asked_for_are_shown() -> None:
+    figure = plot_case({"a": kept()}, class_names=["-", "scar"], names=["y", "x+y"])
+    axes = np.array(figure.axes).reshape(2, 4)
+    assert [int(ax.images[0].get_array().max()) for ax in axes[:, 0]] == [255, 100]  # x is given in the second
+
+
 def test_a_case_without_label_is_shown_whole() -> None:
     case = replace(kept(), label=np.zeros((20, 20, 3), np.uint8))
     figure = plot_case({"a": case}, class_names=["-", "scar"])
