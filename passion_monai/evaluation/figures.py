@@ -193,7 +193,8 @@ def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None
     ax.set_yscale("log", nonpositive="mask")
     ax.set(title="Loss", ylabel="loss, mean of the epoch")
     ax.plot([], [], "--", color=GREY, label="pixel distillation of a modality")
-    ax.legend(fontsize="small", loc="upper right")
+    # Below the axes, where it covers no line.
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
 
 
 def _plot_by_modality(

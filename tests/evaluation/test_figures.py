@@ -70,6 +70,15 @@ def test_training_draws_what_the_log_says(training_csv: Path) -> None:
     assert "[%]" in validation.get_ylabel()
 
 
+def test_no_legend_covers_a_line(training_csv: Path) -> None:
+    figure = plot_training(training_csv)
+    figure.draw_without_rendering()
+    loss = axis(figure, "Loss")
+    boxes = [figure.legends[0].get_window_extent(), loss.get_legend().get_window_extent()]
+    assert not any(box.overlaps(ax.get_window_extent()) for box in boxes for ax in figure.axes)
+    assert not boxes[0].overlaps(boxes[1])
+
+
 @pytest.mark.parametrize("missing", [["val_mean_dice"], ["beta_x", "beta_y", "beta_z"]])
 def test_training_without_some_columns(training_csv: Path, missing: list[str]) -> None:
     log = pd.read_csv(training_csv).drop(columns=missing)
