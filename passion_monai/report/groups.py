@@ -36,22 +36,6 @@ LESION_METRICS = (
     Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
     Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
 )
-_LESIONS = (
-    "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "
-    "0 and HD95 373.13 mm."
-)
-
-
-METRICS = (
-    Metric("dice", "Dice [%]", 100, 1),
-    Metric("hd95_brats", "HD95 [mm]", 1, -1),
-    Metric("hd95_released", "HD95 as in the paper [mm]", 1, -1),
-)
-DICE = METRICS[0]
-LESION_METRICS = (
-    Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
-    Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
-)
 
 
 @dataclass(frozen=True)
