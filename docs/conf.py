@@ -25,6 +25,7 @@ html_title = f"passion-monai {release}"
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 myst_heading_anchors = 3
+smartquotes = False  # which makes a dash of the -- of an option
 autodoc_typehints = "signature"
 autodoc_typehints_format = "fully-qualified"
 autodoc_member_order = "bysource"
