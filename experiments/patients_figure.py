@@ -30,7 +30,10 @@ def main() -> None:
             combination_name([name in given for name in settings["modalities"]], settings["modalities"])
             for given in SHOWN
         ]
-        for path in sorted((run / "evaluation" / "maps").glob("*.npz")):
+        paths = sorted((run / "evaluation" / "maps").glob("*.npz"))
+        if not paths:
+            parser.error(f"{run} has kept no case; evaluate it with --keep_cases 2.")
+        for path in paths:
             figure = plot_case({"prediction": read_kept_case(path)}, class_names=settings["class_names"], names=names)
             figure.savefig(arguments.output / f"{path.stem}.png", dpi=DPI)
             print(arguments.output / f"{path.stem}.png")

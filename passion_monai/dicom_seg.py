@@ -18,6 +18,7 @@ import numpy as np
 from passion_monai import __version__
 from passion_monai.datasets import DATASETS, get_spec
 from passion_monai.errors import find_words
+from passion_monai.files import complete_file
 from passion_monai.segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def segment_series(segmenter: Segmenter, folders: Mapping[str, str | Path], outp
     result = segmenter({name: folders[name] for name in names})
     dataset = make_dicom_seg(result.label, series, segmenter.classes, segmenter.bundle)
     path = Path(output) / f"{dataset.SOPInstanceUID}.dcm"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_as(path)
+    with complete_file(path) as unfinished:
+        dataset.save_as(unfinished)
     return path
 
 

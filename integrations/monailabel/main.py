@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -43,11 +44,12 @@ class PassionApp(MONAILabelApp):  # type: ignore[misc]
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         if "bundle" not in conf:
             raise ValueError("Say which bundle to serve: --conf bundle bundles/brats_rfnet_passion.")
-        bundle = Path(conf["bundle"])
-        self.segmenter = Segmenter(bundle, **json.loads(conf.get("ids", "{}")))
+        self.segmenter = Segmenter(conf["bundle"], **json.loads(conf.get("ids", "{}")))
         self.patterns = {name: conf[name] for name in self.segmenter.modalities if name in conf}
         self.patients: dict[str, dict[str, str]] = {}
-        super().__init__(app_dir, studies, conf, name=bundle.resolve().name, description="Segments whatever there is")
+        super().__init__(
+            app_dir, studies, conf, name=self.segmenter.bundle.name, description="Segments whatever there is"
+        )
 
     def init_datastore(self) -> Datastore:
         """Of patients in a folder, each with the first of his sequences as what a viewer shows."""
@@ -66,7 +68,7 @@ class PassionApp(MONAILabelApp):  # type: ignore[misc]
 
     def init_infers(self) -> dict[str, InferTask]:
         """One model, which has the bundle's name."""
-        return {Path(self.conf["bundle"]).resolve().name: Segmentation(self)}
+        return {self.segmenter.bundle.name: Segmentation(self)}
 
     def infer(self, request: Mapping[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Inference that knows whom it is asked for: MONAI Label puts a file in the place of the id."""
@@ -86,7 +88,7 @@ class PassionApp(MONAILabelApp):  # type: ignore[misc]
         if image in self.patients:
             return self.patients[image]
         if not Path(image).is_dir():
-            if self.studies.startswith("http"):
+            if isinstance(self.datastore(), DICOMWebDatastore):
                 return self._series(image)
             raise ValueError(
                 f"{image} is none of the studies' patients: give the id of one, a folder with the files of one, or the "
@@ -100,6 +102,7 @@ class PassionApp(MONAILabelApp):  # type: ignore[misc]
     def _series(self, uid: str) -> dict[str, str]:
         """The sequences in the study of a series on the DICOMweb server, by the descriptions of its series."""
         client = self.datastore()._client
+        # There is such a series: its images were fetched before.
         study = Dataset.from_json(client.search_for_series(search_filters={"SeriesInstanceUID": uid})[0])
         found = client.search_for_series(study_instance_uid=study.StudyInstanceUID, fields=["SeriesDescription"])
         described = {
