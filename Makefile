@@ -82,6 +82,7 @@ weights-real: $(VENV)/.demo $(VENV)-snakemake/.done  ## Train and cross-validate
 	OMP_NUM_THREADS=1 $(VENV)-snakemake/bin/snakemake -s experiments/Snakefile --cores 1 \
 		--config scale=real dataset_dir=$(DATASET_DIR) -- weights
 	$(BIN)/python bundles/build.py
+	$(BIN)/python bundles/pack.py hub brats_rfnet_passion
 
 dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
 	$(BIN)/python bundles/pack.py zip

@@ -73,7 +73,7 @@ def bundle_files(bundle: Path, *, phantom: bool = False) -> Iterator[tuple[str, 
     """
     for workflow in WORKFLOWS | OVERLAYS:
         yield f"configs/{workflow}.yaml", compose(bundle, workflow, phantom=phantom)
-    facts = _facts(bundle, phantom=phantom)
+    facts = bundle_facts(bundle, phantom=phantom)
     yield "configs/metadata.json", json.dumps(_metadata(facts), indent=4) + "\n"
     yield "configs/logging.conf", (DOCUMENTS / "logging.conf").read_text(encoding="utf-8")
     yield "docs/README.md", _readme(facts)
@@ -152,7 +152,7 @@ def _parts(bundle: Path) -> tuple[str, str]:
     return dataset, backbone
 
 
-def _facts(bundle: Path, *, phantom: bool) -> dict[str, Any]:
+def bundle_facts(bundle: Path, *, phantom: bool = False) -> dict[str, Any]:
     """All that the documents of a bundle speak of."""
     dataset, backbone = _parts(bundle)
     grid = yaml.safe_load(_fragment(f"{dataset}_grid", phantom=phantom).read_text(encoding="utf-8"))

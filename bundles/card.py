@@ -1,11 +1,13 @@
-"""The model card of weights that were trained on patients, as a section of a bundle's README."""
+"""The model card of weights that were trained on patients: for a bundle, a model hub, and a file of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["model_card"]
+import yaml
+
+__all__ = ["hub_card", "hub_metadata", "model_card"]
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -20,7 +22,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         return ""
     paragraphs = [
         "## Model card",
-        f"**Data.** {facts['weights_data_text']}",
+        f"**Data.** {facts['weights_data_text']} {_cases(weights)}",
+        f"**Licence.** Data and weights: {facts['weights_license']}. Cite {facts['weights_citation']}.",
         f"**Training.** {_training(weights)}",
         f"**Not for.** {facts['weights_limits_text']}",
         f"**Scores.** {facts['expected']['data']}. Dice in percent with its 95 % interval over cases; HD95 in mm.",
@@ -34,7 +37,7 @@ def _training(weights: Mapping[str, Any]) -> str:
     rates = zip(weights["modalities"], weights["missing_rates"], strict=True)
     steps = weights["epochs"] * -(-len(weights["cases"]) // weights["batch_size"])
     return (
-        f"{len(weights['cases'])} cases: {', '.join(weights['cases'])}. Objective `{weights['objective']}`; {steps:,} "
+        f"Objective `{weights['objective']}`; {steps:,} "
         f"steps of {weights['batch_size']} crop, {roi_size} voxels of {spacing} mm; learning rate "
         f"{weights['learning_rate']:g}; {weights['precision']}. Hidden: "
         + ", ".join(f"{name} in {rate:.0%} of the cases" for name, rate in rates)
@@ -56,3 +59,50 @@ def _cells(scores: Mapping[str, Any]) -> str:
     dice, distance = scores["dice"], scores["hd95_mm"]["mean"]
     low, high = (100 * dice[bound] for bound in ("low", "high"))
     return f"{100 * dice['mean']:.0f} [{low:.0f}, {high:.0f}] | " + ("-" if distance is None else f"{distance:.0f}")
+
+
+def hub_card(facts: Mapping[str, Any]) -> str:
+    """The README of a bundle on a model hub: the fields that hubs read, how to use it, and the model card."""
+    name = facts["name"]
+    fields = {
+        "license": facts["weights_license"].lower(),
+        "library_name": "monai",
+        "pipeline_tag": "image-segmentation",
+        "tags": [
+            tag.strip() for tag in f"monai, medical, {facts['tags']}, segmentation, missing modalities".split(",")
+        ],
+    }
+    usage = (
+        "```bash\n"
+        f"pip install passion-monai\n"
+        f"python -m monai.bundle run --config_file {name}/configs/inference.yaml --dataset_dir <folder of patients>\n"
+        "```"
+    )
+    title = f"# {facts['dataset_title']} with missing sequences: {facts['backbone_title']} trained with PASSION"
+    about = (
+        f"Segments {facts['subject']} from any subset of {facts['sequences']}. A MONAI bundle; `models/model.pt` and "
+        "`models/model.safetensors` are the same weights. Research software, not a medical device."
+    )
+    head = f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+    return f"{head}\n{title}\n\n{about}\n\n{usage}\n\n{model_card(facts)}"
+
+
+def hub_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a file of weights says about itself."""
+    weights = facts["weights"]
+    return {
+        "format": "pt",
+        "name": facts["name"],
+        "version": facts["version"],
+        "license": facts["weights_license"],
+        "citation": facts["weights_citation"],
+        "training_data": f"{facts['weights_data_text']} {_cases(weights)}",
+        "training": _training(weights),
+        "modalities": ", ".join(weights["modalities"]),
+        "classes": ", ".join(weights["class_names"]),
+        "not_for": facts["weights_limits_text"],
+    }
+
+
+def _cases(weights: Mapping[str, Any]) -> str:
+    return f"{len(weights['cases'])} cases: {', '.join(weights['cases'])}."

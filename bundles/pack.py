@@ -5,7 +5,8 @@ the folders that have weights, with a JSON twin of every configuration (`monai.b
 package itself as a wheel, into `dist/<bundle>_v<version>.zip`.
 
 `real BUNDLE --run RUN --folds RUN ...` puts weights that were trained on patients into the bundle itself, with the
-scores of a cross-validation of the same training; `make weights-real` calls it.
+scores of a cross-validation of the same training; `make weights-real` calls it. `hub BUNDLE ...` writes what a model
+hub wants, the bundle with these weights as safetensors too and a model card at its root, to `dist/hub/<bundle>/`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from build import PHANTOM_SCORES, ROOT, bundle_files, bundle_folders
+import torch
+from build import PHANTOM_SCORES, ROOT, bundle_facts, bundle_files, bundle_folders
+from card import hub_card, hub_metadata
 from monai.bundle import ConfigParser
+from safetensors.torch import save_file
 
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
 from passion_monai.report.runs import pooled_scores, read_runs
@@ -72,8 +76,32 @@ def put_weights(source: Path, run: Path, folds: Sequence[Path]) -> None:
     shutil.copy(run / "models" / "model.pt", weights)
     shutil.copy(run / "run.json", source)
     data = f"Cross-validation in {len(runs)} folds on {scores['case'].nunique()} cases, by trainings of the same kind"
+    data += f" and {' or '.join(f'{epochs:,}' for epochs in sorted({run.settings['epochs'] for run in runs}))} epochs"
     write_expected_scores(source / "evaluation" / FILE_NAME, scores, weights_sha256=checksum(weights), data=data)
     (source / "weights.json").write_text(json.dumps({"cases": sorted(cases)}, indent=4) + "\n", encoding="utf-8")
+
+
+def write_hub_folder(source: Path) -> Path:
+    """A bundle as a model hub shows it; it must have weights that were trained on patients.
+
+    Raises:
+        FileNotFoundError: when it has none.
+    """
+    weights, facts = source / "models" / "model.pt", bundle_facts(source)
+    if facts["weights"] is None or not weights.is_file():
+        raise FileNotFoundError(f"{source.name} has no weights trained on patients; run `make weights-real` first.")
+    target = DIST / "hub" / source.name
+    for path, text in bundle_files(source):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).write_text(text, encoding="utf-8")
+    for path in ("models/model.pt", f"evaluation/{FILE_NAME}", "run.json"):
+        (target / path).parent.mkdir(exist_ok=True)
+        shutil.copy(source / path, target / path)
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    save_file(state, weights_file := target / "models" / "model.safetensors", metadata=hub_metadata(facts))
+    weights_file.chmod(0o644)
+    (target / "README.md").write_text(hub_card(facts), encoding="utf-8")
+    return target
 
 
 def pack(source: Path, wheel: Path) -> Path:
@@ -107,7 +135,7 @@ def build_wheel() -> Path:
 def main() -> None:
     """Train weights, or pack what has weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("weights", "zip", "real"))
+    parser.add_argument("action", choices=("weights", "zip", "real", "hub"))
     parser.add_argument("bundles", nargs="*", help="names of the bundles, all of them by default")
     parser.add_argument("--run", type=Path, help="real: the training")
     parser.add_argument("--folds", type=Path, nargs="+", help="real: the evaluated folds of the cross-validation")
@@ -119,6 +147,9 @@ def main() -> None:
     elif arguments.action == "real":
         (source,) = sources
         put_weights(source, arguments.run, arguments.folds)
+    elif arguments.action == "hub":
+        for source in sources:
+            print(write_hub_folder(source))
     else:
         wheel = build_wheel()
         for source in sources:

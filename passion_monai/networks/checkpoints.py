@@ -167,13 +167,23 @@ def _read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}; train first, or give another file (ckpt_path).")
     try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
     # A damaged file may make its readers fail in any way.
     except Exception as error:
         raise ValueError(
             f"Checkpoint {path} cannot be read as tensors: it is damaged, or holds other objects, which are not loaded "
             "because they could run code. Get it anew."
         ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file  # which a training and an inference with our own files do without
+
+    return load_file(path)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:

@@ -25,11 +25,14 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
+import yaml
 from monai.bundle import create_workflow, load
 from monai.data import load_net_with_metadata
 from monai_command import printed
+from safetensors import safe_open
 
 from passion_monai.evaluation.expected import read_expected_scores
+from passion_monai.networks.checkpoints import load_weights
 from passion_monai.presence import write_presence
 
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
@@ -215,7 +218,7 @@ def test_packing_without_weights_says_what_to_do(
 def make_run(folder: Path, seed: int, cases: Sequence[str]) -> Path:
     """What is left of a training with an evaluation, as far as weights for everybody are made of it."""
     (folder / "models").mkdir(parents=True)
-    (folder / "models" / "model.pt").write_bytes(b"weights")
+    torch.save({"weight": torch.arange(3.0)}, folder / "models" / "model.pt")
     (folder / "evaluation").mkdir()
     settings = {
         "bundle": "brats_rfnet_passion",
@@ -267,12 +270,43 @@ def test_weights_of_patients_get_a_model_card_and_tell_the_scores_of_their_cross
     assert expected["combinations"]["flair"]["WT"]["dice"]["cases"] == 4
     made = dict(pack.bundle_files(source))
     card = made["docs/README.md"]
+    assert "Hidden: flair in 60%" in card
     assert "4 cases: 0a, 0b, 1a, 1b." in card
     assert "400 steps of 1 crop, 48 x 48 x 48 voxels of 2 x 2 x 2 mm" in card
-    assert "CC BY 4.0" in card
+    assert "CC-BY-4.0" in card
     assert "Cross-validation in 2 folds on 4 cases" in card
     assert re.search(r"\| flair \| 55 \[\d+, \d+\] \| 4 \|", card)
     assert "trained on 4 patients" in json.loads(made["configs/metadata.json"])["description"]
+
+
+def test_a_model_hub_gets_the_bundle_with_safetensors_that_say_what_they_are(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pack, "DIST", tmp_path / "dist")
+    source = tmp_path / "brats_rfnet_passion"
+    source.mkdir()
+    shutil.copy(Path(pack.ROOT) / source.name / "bundle.yaml", source)
+    with pytest.raises(FileNotFoundError, match="make weights-real"):
+        pack.write_hub_folder(source)
+    pack.put_weights(
+        source, make_run(tmp_path / "all", 0, ["0a", "0b"]), [make_run(tmp_path / "fold", 0, ["0a", "0b"])]
+    )
+    folder = pack.write_hub_folder(source)
+    weights = folder / "models" / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["license"] == "CC-BY-4.0"
+    assert "Baid" in metadata["citation"]
+    assert "2 cases: 0a, 0b." in metadata["training_data"]
+    network = torch.nn.Module()
+    network.register_buffer("weight", torch.zeros(3))
+    load_weights(network, weights)
+    assert network.weight.tolist() == [0, 1, 2]
+    assert read_expected_scores(folder / "models" / "model.pt") is not None
+    _, fields, card = (folder / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(fields)["license"] == "cc-by-4.0"
+    assert "## Model card" in card
+    assert (folder / "configs" / "inference.yaml").is_file()
 
 
 @pytest.mark.two_bundles
