@@ -15,12 +15,11 @@ from monai.engines import IterationEvents
 from monai.handlers import from_engine
 from torch import Tensor
 
-from passion_monai.devices import read_back
 from passion_monai.files import complete_file, save_complete
 from passion_monai.losses import PassionLoss
 from passion_monai.preference import epoch_preference, gap_preference, rescale_beta, update_beta
 
-__all__ = ["FileCheckpoint", "HandlerSequence", "LossOutput", "PreferenceHandler", "ProgressValues", "TrainingLog"]
+__all__ = ["FileCheckpoint", "HandlerSequence", "LossOutput", "PreferenceHandler", "TrainingLog"]
 
 
 class _RunningMean:
@@ -167,35 +166,6 @@ class LossOutput:
     def __call__(self, engine: Engine) -> None:
         state: Any = engine.state
         state.output = [{"loss": state.output["loss"].detach()}]
-
-
-class ProgressValues:
-    """What a progress bar shows of a training: the loss and its terms, read in one of every few iterations.
-
-    To read them is to wait for the GPU, which would have nothing to do until the next iteration begins.
-
-    Args:
-        loss: the loss of the trainer, with an attribute `terms` (see :class:`passion_monai.losses.PassionLoss`).
-        interval: iterations between readings.
-    """
-
-    def __init__(self, loss: Any, *, interval: int = 10) -> None:
-        self.loss = loss
-        self.interval = interval
-        self._calls = 0
-        self._shown: dict[str, float] = {}
-
-    def __call__(self, output: Any) -> dict[str, float]:
-        """Values by name, from the output of a trainer as :class:`LossOutput` leaves it; call it in each iteration."""
-        if self._calls % self.interval == 0:
-            self._shown = self._read(output)
-        self._calls += 1
-        return self._shown
-
-    def _read(self, output: Any) -> dict[str, float]:
-        terms = {name: values for name, values in self.loss.terms.items() if name.startswith("loss_")}
-        means = {"loss": output[0]["loss"]} | {n.removeprefix("loss_"): v.nanmean() for n, v in terms.items()}
-        return dict(zip(means, read_back(torch.stack(list(means.values()))).tolist(), strict=True))
 
 
 class TrainingLog:

@@ -20,10 +20,11 @@ from passion_monai import distillation, handlers
 from passion_monai.devices import PreparePresence, read_back, send
 from passion_monai.distillation import SelfDistillation
 from passion_monai.evaluation.dice import CombinationDiceMetric
-from passion_monai.handlers import LossOutput, PreferenceHandler, ProgressValues, TrainingLog
+from passion_monai.handlers import LossOutput, PreferenceHandler, TrainingLog
 from passion_monai.inferers import CombinationInferer, PresenceInferer
 from passion_monai.losses import PassionLoss, PMRLoss, TaskLoss
 from passion_monai.networks import BACKBONES, Backbone
+from passion_monai.progress import ProgressValues
 from passion_monai.resume import Seeding
 
 META = torch.device("meta")
