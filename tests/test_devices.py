@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from passion_monai import distillation, handlers
+from passion_monai import distillation, progress
 from passion_monai.devices import PreparePresence, read_back, send
 from passion_monai.distillation import SelfDistillation
 from passion_monai.evaluation.dice import CombinationDiceMetric
@@ -87,7 +87,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(tensor.shape))
         return torch.linspace(0.1, 1, tensor.numel()).view(tensor.shape)
 
-    for module in (distillation, handlers):
+    for module in (distillation, progress):
         monkeypatch.setattr(module, "read_back", read)
     return shapes
 

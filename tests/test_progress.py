@@ -96,6 +96,5 @@ def test_the_table_is_a_slow_mean():
             sum(float(scores[case, 2 * p + region]) for case in range(5) for p in combinations) / 5 / len(combinations)
             for region in range(2)
         ]
-        assert [float(cell) for cell in row] == pytest.approx(
-            [100 * x for x in (*by_region, sum(by_region) / 2)], abs=0.06
-        )
+        means = [100 * score for score in (*by_region, sum(by_region) / 2)]
+        assert [float(cell) for cell in row] == pytest.approx(means, abs=0.06)
