@@ -33,7 +33,10 @@ RUN = "python -m monai.bundle run "
 WORKFLOWS = {
     "train": ("Trains one network on incomplete cases", RUN + "training --config_file {path} --dataset_dir <folder>"),
     "evaluate": ("Scores every modality combination", RUN + "--config_file {path} --dataset_dir <folder>"),
-    "inference": ("Segments patients from the modalities they have", RUN + "--config_file {path} --dataset_dir <folder>"),
+    "inference": (
+        "Segments patients from the modalities they have",
+        RUN + "--config_file {path} --dataset_dir <folder>",
+    ),
 }
 OVERLAYS = {
     "calibrate": (
@@ -274,7 +277,7 @@ def _weights_text(facts: Mapping[str, Any]) -> str:
         )
     if facts["weights"]:
         return f"`models/model.pt` was trained on {len(facts['weights']['cases'])} patients; see the model card below."
-    return "The repository has no weights; the zip of a release has small ones, which `make weights` trains on the phantom."
+    return "The repository has no weights; the zip of a release has small ones, trained on the phantom."
 
 
 def _paper_text(facts: Mapping[str, Any]) -> str:
