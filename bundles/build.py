@@ -1,10 +1,10 @@
 """Makes the files of all bundles from what they share: `python bundles/build.py [--check]`.
 
 A bundle is a folder `<data set>_<backbone>_passion` with a `bundle.yaml`. Its `configs/*.yaml` are put together from
-fragments of YAML: the settings of all of them, then the pipeline, then the plumbing, as lines `# == pipeline` and `# ==
-plumbing` divide a fragment. Its metadata and README are filled in from `_shared/documents/`, from what the data set's
-file in the package says and, where it has weights trained on patients, from its `weights.json`. With --check nothing is
-written, and the exit code is 1 when a committed file is not what it should be.
+fragments of YAML: the settings of all fragments, then the pipeline, then the plumbing. Lines `# == pipeline` and `# ==
+plumbing` divide a fragment. Metadata and README are made from `_shared/documents/`, the data set's file in the package
+and, for weights trained on patients, the bundle's `weights.json`. --check writes nothing; the exit code is 1 when a
+committed file is not up to date.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ RUN = "python -m monai.bundle run "
 WORKFLOWS = {
     "train": ("Trains one network on incomplete cases", RUN + "training --config_file {path} --dataset_dir <folder>"),
     "evaluate": ("Scores every modality combination", RUN + "--config_file {path} --dataset_dir <folder>"),
-    "inference": ("Segments patients, whatever they have", RUN + "--config_file {path} --dataset_dir <folder>"),
+    "inference": (
+        "Segments patients from the modalities they have",
+        RUN + "--config_file {path} --dataset_dir <folder>",
+    ),
 }
 OVERLAYS = {
     "calibrate": (
@@ -49,7 +52,7 @@ OVERLAYS = {
         "torchrun --nproc_per_node=8 -m monai.bundle run training --config_file \"['{train}','{path}']\"",
     ),
 }
-# Of a configuration, in this order; how a fragment is divided into them.
+# The parts of a configuration and of a fragment, in this order.
 PARTS = {
     "settings": "Settings",
     "pipeline": "Pipeline",
@@ -64,12 +67,12 @@ def bundle_folders() -> list[Path]:
 
 
 def bundle_files(bundle: Path, *, phantom: bool = False) -> Iterator[tuple[str, str]]:
-    """Relative path and text of every file of a bundle that is made here.
+    """Yield relative path and text of each generated file of a bundle.
 
     Args:
         bundle: its folder.
         phantom: make the small variant whose weights are trained on the phantom; fragments in `_shared/phantom/` then
-            stand in for those of the same name.
+            replace those of the same name.
     """
     for workflow in WORKFLOWS | OVERLAYS:
         yield f"configs/{workflow}.yaml", compose(bundle, workflow, phantom=phantom)
@@ -91,7 +94,7 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
     banner = (
         f"# {what}. Run it, from anywhere, with\n"
         f"#   {command.format(path=path.format(workflow), **{name: path.format(name) for name in WORKFLOWS})}\n"
-        "# Every id below can be overridden in the same way. Made from fragments by `make bundles`: do not edit.\n"
+        "# Override any id below in the same way. `make bundles` makes this file from fragments: do not edit it.\n"
     )
     paths = [_fragment(workflow, phantom=phantom)]
     if workflow in WORKFLOWS:
@@ -107,14 +110,14 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
 
 
 def _in_order(texts: Sequence[str]) -> Iterator[str]:
-    """The parts of all fragments: what one may want to set, then what is done, then what it needs besides."""
+    """The parts of all fragments: settings, then pipeline, then plumbing."""
     if len(texts) == 1:  # an overlay
         yield f"\n{texts[0]}"
         return
     parts = [dict(_parts_of(text)) for text in texts]
     for name, title in PARTS.items():
         there = [part[name] for part in parts if part.get(name)]
-        if name == "pipeline":  # what is particular to the workflow stands before what it builds on
+        if name == "pipeline":  # the workflow's own part comes before the common ones
             there.reverse()
         yield f"\n# {'=' * 8} {title} {'=' * (PART_WIDTH - len(title))}\n\n" + "\n".join(there)
 
@@ -126,7 +129,7 @@ def _parts_of(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _weights_grid(grid: str) -> str:
-    """What stands in for a data set's grid where there are weights, which have one."""
+    """The fragment that replaces a data set's grid in workflows with weights, which have a grid."""
     template = Template((SHARED / "weights_grid.yaml").read_text(encoding="utf-8"))
     return template.substitute(yaml.safe_load(grid))
 
@@ -153,7 +156,7 @@ def _parts(bundle: Path) -> tuple[str, str]:
 
 
 def bundle_facts(bundle: Path, *, phantom: bool = False) -> dict[str, Any]:
-    """All that the documents of a bundle speak of."""
+    """The facts that the documents of a bundle need."""
     dataset, backbone = _parts(bundle)
     grid = yaml.safe_load(_fragment(f"{dataset}_grid", phantom=phantom).read_text(encoding="utf-8"))
     facts: dict[str, Any] = {"name": bundle.name, "spec": get_spec(dataset), "roi_size": grid["roi_size"]}
@@ -198,11 +201,11 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
         + (" (PHANTOM weights)" if facts["phantom"] else ""),
         "task": facts["task"],
         "description": "One network trained with PASSION on cohorts in which patients lack MR sequences, some far more "
-        f"often than others; it segments {facts['subject']} from whatever subset of {facts['sequences']} there is. "
+        f"often than others; it segments {facts['subject']} from any subset of {facts['sequences']}. "
         f"Weights: {weights}.",
         "authors": "the passion-monai contributors",
         "copyright": "Copyright (c) the passion-monai contributors",
-        "data_source": f"{facts['data_source']}; without it, the phantom cohort that the package writes",
+        "data_source": f"{facts['data_source']}; without it, the phantom cohort written by the package",
         "data_type": "nibabel",
         "image_classes": facts["image_classes"],
         "label_classes": facts["label_classes"],
@@ -269,21 +272,21 @@ def _readme(facts: Mapping[str, Any]) -> str:
 def _weights_text(facts: Mapping[str, Any]) -> str:
     if facts["phantom"]:
         return (
-            "**The weights were trained on the PHANTOM cohort: simulated images, a small network on a coarse grid. "
-            "They show\nhow everything works, and are of no use for patients.**"
+            "**The weights were trained on the PHANTOM cohort: simulated images, a small network, a coarse grid. They\n"
+            "show how everything works. Do not use them on patients.**"
         )
     if facts["weights"]:
         return f"`models/model.pt` was trained on {len(facts['weights']['cases'])} patients; see the model card below."
-    return "The repository has no weights; a release's zip has small ones, trained on the phantom by `make weights`."
+    return "The repository has no weights; the zip of a release has small ones, trained on the phantom."
 
 
 def _paper_text(facts: Mapping[str, Any]) -> str:
     if facts["paper_dice"] is None:
-        return f"The paper has no scores of {facts['backbone_title']} on {facts['dataset_title']}."
+        return f"The paper does not report {facts['backbone_title']} on {facts['dataset_title']}."
     rows = zip(("Baseline", "PASSION"), facts["paper_dice"], strict=True)
     return "\n".join(
         [
-            f"No scores of this implementation on {facts['data_source'].split(',')[0]} exist yet.",
+            f"This implementation has not been scored on {facts['data_source'].split(',')[0]} yet.",
             f"**The paper's** mean Dice in percent over {facts['paper_setting']}:",
             "",
             "| | " + " | ".join(facts["paper_regions"]) + " |",
@@ -302,11 +305,11 @@ def _phantom_scores(name: str) -> dict[str, float]:
 def _scores_text(name: str) -> str:
     scores = _phantom_scores(name)
     if not scores:
-        return "**Ours, on the phantom:** not measured yet; `make weights` does."
+        return "**Ours, on the phantom:** not measured yet; `make weights` measures them."
     return "\n".join(
         [
-            "**Ours, on the phantom** (simulated images; it says nothing about patients): mean Dice in percent of the",
-            "small weights over all combinations of the phantom's test cases.",
+            "**Ours, on the phantom** (simulated images, which say nothing about patients): mean Dice of the small",
+            "weights in percent, over all combinations of the phantom's test cases.",
             "",
             "| " + " | ".join(scores) + " |",
             "|---" * len(scores) + "|",
@@ -326,7 +329,7 @@ def main() -> int:
         if not check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        print(f"{'is not what it should be' if check else 'written'}: {path.relative_to(ROOT.parent)}")
+        print(f"{'not up to date' if check else 'written'}: {path.relative_to(ROOT.parent)}")
     return int(check and bool(stale))
 
 

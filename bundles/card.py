@@ -11,11 +11,11 @@ __all__ = ["hub_card", "hub_metadata", "model_card"]
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """The section, or nothing where a bundle has no such weights.
+    """The section, or an empty text if the bundle has no such weights.
 
     Args:
-        facts: those of a bundle's documents, with `weights`, what their training was and which cases it had, and
-            `expected`, the scores that are told with predictions.
+        facts: facts for a bundle's documents, with `weights` (settings and cases of the training) and `expected` (the
+            scores recorded with predictions).
     """
     weights = facts["weights"]
     if weights is None:

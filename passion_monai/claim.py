@@ -47,7 +47,7 @@ def claim_folder(output_dir: str | Path, *, resume: bool, overwrite: bool) -> No
     refusal: Exception | None = None
     if idist.get_rank() == 0:
         try:
-            lock_folder(output_dir, "training", go_on="go on with it by --resume True")
+            lock_folder(output_dir, "training", go_on="continue it with --resume True")
             if not (resume or overwrite):
                 _check_that_it_is_free(Path(output_dir))
         except (OSError, RuntimeError, ValueError) as error:
@@ -60,8 +60,8 @@ def _check_that_it_is_free(folder: Path) -> None:
     weights = sorted(path.name for path in (folder / "models").glob("*.pt"))
     if weights:
         raise ValueError(
-            f"{folder / 'models'} holds {', '.join(weights)}, which a new training would replace. Go on with that "
-            "one by --resume True, give another --output_dir, or let it be replaced by --overwrite True."
+            f"{folder / 'models'} holds {', '.join(weights)}, which a new training would replace. Continue the "
+            "old one with --resume True, give another --output_dir, or allow the replacement with --overwrite True."
         )
 
 
@@ -91,8 +91,8 @@ def lock_folder(folder: str | Path, work: str, *, go_on: str) -> None:
         holder = file.read() or "another process"
         file.close()
         raise RuntimeError(
-            f"{folder} is in use by the {work} of {holder}. Give another --output_dir; or wait until that one has "
-            f"ended, or end it, and {go_on}."
+            f"{folder} is in use by the {work} of {holder}. Give another --output_dir; or wait for it to end, or "
+            f"end it, and {go_on}."
         ) from error
     except OSError as error:
         logger.warning(f"{path} cannot be locked ({error.strerror}): start no second {work} in this folder.")

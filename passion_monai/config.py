@@ -1,4 +1,4 @@
-"""What bundle configurations need beyond MONAI's language: the place of a bundle, and checks of what users set."""
+"""What bundle configurations need beyond MONAI's language: the path of the bundle, and checks of user settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 def check_switches(**switches: object) -> None:
     """Refuse anything but True and False for the ids of a configuration that turn something on or off.
 
-    The command line takes ``--resume false`` for the text "false", which would count as true.
+    On the command line, ``--resume false`` gives the text "false", which would count as true.
 
     Raises:
         ValueError: naming the id and what it was given.
@@ -42,30 +42,32 @@ def check_switches(**switches: object) -> None:
 
 
 def check_calibrated(*, calibrated: object, **shown: object) -> None:
-    """Refuse `calibrated` where its effect would be shown nowhere.
+    """Refuse `calibrated` when no output would show its effect.
 
     Args:
-        calibrated: the id that is checked.
-        shown: the id that writes what comes of it.
+        calibrated: the id to check.
+        shown: the id that writes the calibrated output.
 
     Raises:
-        ValueError: when `calibrated` is no switch, or is on and the other id is off.
+        ValueError: when `calibrated` is not a bool, or is on while the other id is off.
     """
     check_switches(calibrated=calibrated)
     for name, value in shown.items():
         if calibrated and not value:
-            raise ValueError(f"calibrated True changes probabilities only, which nothing shows: give {name} True too.")
+            raise ValueError(
+                f"calibrated True affects probabilities only, and {name} False does not use them; set {name} True."
+            )
 
 
 def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:
-    """Refuse `flip_test` where no axis may be flipped.
+    """Refuse `flip_test` when there is no axis to flip.
 
     Raises:
-        ValueError: when `flip_test` is no switch, or is on and there is no axis.
+        ValueError: when `flip_test` is not a bool, or is on while there is no axis.
     """
     check_switches(flip_test=flip_test)
     if flip_test and not flip_axes:
-        raise ValueError("flip_test averages over flips along flip_axes, which are none here, got []; give some.")
+        raise ValueError("flip_test needs axes to flip along: flip_axes must not be empty, got [].")
 
 
 def check_choices(allowed: Sequence[str], **choices: object) -> None:
@@ -82,7 +84,7 @@ def check_choices(allowed: Sequence[str], **choices: object) -> None:
 def check_paths(**paths: object) -> None:
     """Refuse anything but text and None for ids that are files or folders.
 
-    The command line takes ``--output_dir 2020`` for a number.
+    On the command line, ``--output_dir 2020`` gives a number.
 
     Raises:
         ValueError: naming the id and what it was given.
@@ -109,14 +111,14 @@ def check_device(device: str | torch.device) -> None:
 def check_numbers(
     minimum: float, *, below: float = math.inf, whole: bool = False, length: int | None = None, **numbers: object
 ) -> None:
-    """Refuse values that are no numbers, or out of range, for ids that are numbers or lists of numbers.
+    """Refuse values that are not numbers, or out of range, for ids that are numbers or lists of numbers.
 
     Args:
-        minimum: the least that is allowed.
-        below: what is too large.
+        minimum: smallest allowed value.
+        below: exclusive upper limit.
         whole: allow whole numbers only.
-        length: how many numbers each must be a list of; None for a single number.
-        numbers: the values by their ids.
+        length: required length of each list; None for single numbers.
+        numbers: the values by id.
 
     Raises:
         ValueError: naming the id, what is allowed and what it was given.
@@ -149,13 +151,12 @@ def _is_scientific(text: str) -> bool:
 def check_ids(config: str) -> None:
     """Refuse unknown ids in the running configuration, such as misspelt ones.
 
-    MONAI takes any id: ``--epoch 3``, where ``epochs`` is meant, adds an id that nobody asks for, and trains as long as
-    it would have without. An id counts as known if it stands in the workflow's own file. Others, be they from the
-    command line, from Python or from further files, must be referred to as ``@id``, or be what is run. What belongs to
-    an object, or is handed over as a whole, is left to the one that takes it.
+    MONAI accepts any id: ``--epoch 3`` instead of ``epochs`` adds an unused id and does not change the training. An id
+    is known if the workflow's own file has it. Any other id, from the command line, Python or further files, must be
+    referred to as ``@id``, or be the one that is run. Arguments of an object are left to that object to check.
 
     Args:
-        config: the workflow's file, looked for beside the first file of the run too.
+        config: the workflow's file; the folder of the run's first file is searched too.
 
     Raises:
         FileNotFoundError: when the file is in neither place.
@@ -236,12 +237,12 @@ def _hint(unknown: str, known: Mapping[str, Any], path: Path) -> str:
 def find_bundle_root(name: str) -> str:
     """Absolute path of the bundle `name`, wherever the command is run from.
 
-    MONAI does not tell a configuration where it lies, and its usual default, the working directory, scatters output.
-    Looked at are, in this order: the configuration files of the running workflow, those named on the command line, the
-    working directory, and in there ``name`` and ``bundles/name``.
+    MONAI does not tell a configuration its own path, and its default, the working directory, scatters output. This
+    searches, in this order, beside the configuration files of the running workflow, beside those named on the command
+    line, in the working directory, and in its subfolders ``name`` and ``bundles/name``.
 
     Raises:
-        FileNotFoundError: when none of them is the bundle.
+        FileNotFoundError: when none of these is the bundle.
     """
     words = [word for argument in sys.argv for word in argument.removeprefix("--config_file=").split(",")]
     named = [Path(word.strip("[]'\" ")) for word in words]

@@ -198,7 +198,7 @@ def _segment_numbers(label: nib.Nifti1Image, values: Sequence[int]) -> np.ndarra
     """Number of the segment of each voxel, 0 for none: uint8 [slices, rows, columns]."""
     voxels = np.asanyarray(label.dataobj).T
     if unknown := sorted(set(np.unique(voxels).tolist()) - set(values)):
-        raise ValueError(f"The label image holds {unknown}, which are no classes; the values of these are {values}.")
+        raise ValueError(f"The label image holds {unknown}, which are not values of its classes, {values}.")
     numbers = np.zeros(voxels.shape, dtype=np.uint8)
     for number, value in enumerate(values[1:], start=1):
         numbers[voxels == value] = number

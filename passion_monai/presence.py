@@ -272,7 +272,7 @@ def read_presence(
     if suffix not in (".json", ".csv"):
         raise ValueError(f"path must end in .json or .csv, got {path}.")
     if not path.is_file():
-        raise FileNotFoundError(f"Presence file {path} does not exist; write_presence makes one.")
+        raise FileNotFoundError(f"Presence file {path} does not exist; write_presence writes one.")
     if suffix == ".json":
         return _read_json(path, modalities)
     return _read_csv(path, modalities, csv_modalities=csv_modalities or modalities, csv_prefixes=csv_prefixes)
@@ -344,7 +344,7 @@ def _order(path: Path, found: Sequence[Any], wanted: Sequence[str]) -> list[int]
     """Where each wanted modality stands in a row of the file."""
     names = list(map(str, found))
     if sorted(names) != sorted(wanted):
-        raise ValueError(f"{path} is about the modalities {found}, expected {list(wanted)} in any order.")
+        raise ValueError(f"{path} has the modalities {found}, expected {list(wanted)} in any order.")
     return [names.index(modality) for modality in wanted]
 
 

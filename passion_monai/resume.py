@@ -239,7 +239,7 @@ class LastCheckpoint:
         raise SystemExit(128 + signal.SIGTERM)  # where a raised signal ends no process
 
     def _how_to_go_on(self) -> str:
-        return f"In {self.path}: {self._saved}. The same command with --resume True goes on from there."
+        return f"In {self.path}: {self._saved}. The same command with --resume True continues from there."
 
 
 class _CheckpointFiles:
@@ -257,7 +257,7 @@ class _CheckpointFiles:
         """The last one, or that before it where the last one is missing or damaged, or None where there is none."""
         there = [path for path in (self.path, self.previous) if path.is_file()]
         if not there:
-            logger.warning(f"There is no {self.path} to resume from: the training starts anew.")
+            logger.warning(f"There is no {self.path} to resume from: the training starts from the beginning.")
             return None
         whole = next((path for path in there if _is_whole(path)), None)
         if whole is None:

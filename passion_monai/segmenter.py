@@ -28,12 +28,12 @@ Image = str | Path | nib.spatialimages.SpatialImage | MetaTensor
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What is predicted for a patient.
+    """The prediction for a patient.
 
     Attributes:
         label: the label image, with the affine of the first sequence present.
-        record: what the command writes as JSON: sequences used and missing, volumes, expected scores.
-        probabilities: those of the classes, along the last axis, where they were asked for.
+        record: the JSON record of the command: sequences used and missing, volumes, expected scores.
+        probabilities: the class probabilities, classes along the last axis; None unless ``save_probabilities`` is set.
     """
 
     label: nib.Nifti1Image
@@ -42,23 +42,22 @@ class Segmentation:
 
 
 class Segmenter:
-    """Segments patients from whatever sequences they have, as ``monai.bundle run`` does with the same bundle.
+    """Segments patients from the sequences they have, as ``monai.bundle run`` does with the same bundle.
 
-    It runs the bundle's inference workflow, so the voxels are the same; the network is built once.
+    It runs the bundle's inference workflow, so the results are identical; it builds the network only once.
 
     Args:
         bundle: folder of the bundle.
-        ids: anything that can be set in its ``inference.yaml``, such as ``ckpt_path``, ``device`` or
-            ``save_probabilities=True``.
+        ids: any id of its ``inference.yaml``, such as ``ckpt_path``, ``device`` or ``save_probabilities=True``.
 
     Attributes:
         bundle: folder of the bundle.
-        modalities: names of the sequences that it knows.
+        modalities: names of the bundle's sequences.
         classes: names of the classes, background first, each with its value in a label image.
 
     Raises:
-        FileNotFoundError: when the folder is no bundle.
-        ValueError: when there is no such id.
+        FileNotFoundError: when the folder is not a bundle.
+        ValueError: when an id is unknown.
 
     Example:
         ``segmenter = Segmenter("bundles/brats_rfnet_passion")``, and then
@@ -87,7 +86,7 @@ class Segmenter:
         self.classes = dict(zip(names, values, strict=True))
 
     def discover(self, root: str | Path) -> dict[str, dict[str, str]]:
-        """The patients below a folder, by the file names of the bundle's data set: for each id, what to call with.
+        """The patients below a folder, found by the file names of the bundle's data set: the images of each, by id.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -100,8 +99,8 @@ class Segmenter:
         """Segment one patient.
 
         Args:
-            images: of each sequence that there is, by its name, a path (of a file or of the folder of a DICOM series),
-                a nibabel image, or a MetaTensor [H, W, D] or [1, H, W, D].
+            images: for each available sequence, by name, a path (of a file or the folder of a DICOM series), a nibabel
+                image, or a MetaTensor [H, W, D] or [1, H, W, D].
 
         Raises:
             ValueError: when a name is none of the bundle's sequences, or an image cannot be used; the message says

@@ -599,7 +599,7 @@ WHERE = "must say where the case's id stands: by its only"
 LAYOUTS = (
     Bad("no dataset.json", lambda root: {"layout": "nnunet"}, "dataset.json does not exist; root is the folder that"),
     Bad("files of a format that is not read", described(file_ending=".png"), "file_ending '.png' is not read here"),
-    Bad("a label to ignore", described(labels={"background": 0, "ignore": 1}), "a label to ignore is not known here"),
+    Bad("a label to ignore", described(labels={"background": 0, "ignore": 1}), "a label to ignore is not supported"),
     Bad("a class whose value is text", described(labels={"background": 0, "x": "1"}), "must be whole numbers"),
     Bad("classes without a background", described(labels={"core": 1}), "labels must be .*, 0 for the background"),
     Bad("channels without numbers", described(channel_names=["a"]), "'modality' with a name for each number"),
@@ -616,7 +616,7 @@ LAYOUTS = (
     Bad(
         "names for the volumes of 4-D files",
         lambda root: described("decathlon")(root) | {"modalities": {"a": "*_a"}},
-        "--modality is not for the volumes of 4-D files",
+        "--modality does not apply to the volumes of 4-D files",
     ),
     Bad(
         "without a sequence that the layout lacks",
@@ -711,7 +711,7 @@ def test_rates_that_leave_less_than_one_image_for_each_case(tmp_path: Path):
 ROWS = {"modalities": ["a", "b", "c"], "cases": {"x": [1, 1, 0], "y": [0, 0, 1]}}
 PRESENCES = (
     Bad("presence of other cases", lambda rows: rows.update(cases={"k": [1, 1, 1]}), r"no row for .* \['x', 'y'\]"),
-    Bad("presence of other sequences", lambda rows: rows.update(modalities=["a", "b", "t"]), "is about the modalities"),
+    Bad("presence of other sequences", lambda rows: rows.update(modalities=["a", "b", "t"]), "has the modalities"),
     Bad("a row too short", lambda rows: rows["cases"].update(y=[1]), "case 'y': expected 3 entries"),
     Bad(
         "an entry that is no flag", lambda rows: rows["cases"].update(y=[0, 0, 0.5]), "case 'y': entries must be 0 or 1"
@@ -775,9 +775,7 @@ SETTINGS = (
     Bad("a switch in words", lambda: check_switches(resume="false"), "resume must be True or False .* got 'false'"),
     Bad("a folder called by a number", lambda: check_paths(output_dir=2020), "output_dir must be a path, got 2020"),
     Bad("another device", lambda: check_device("gpu"), "device must be cpu, cuda, cuda:1 or the like, got 'gpu'"),
-    Bad(
-        "flips along no axis", lambda: check_flips(flip_test=True, flip_axes=[]), "flip_axes, which are none here, got"
-    ),
+    Bad("flips along no axis", lambda: check_flips(flip_test=True, flip_axes=[]), "flip_axes must not be empty, got"),
     Bad("weights called by a number", lambda: checkpoint_paths(7), "ckpt_path must be a path or a list of .* got 7"),
     Bad("another objective", lambda: check_choices(["passion"], objective="pasion"), r"one of \['passion'\], got 'pas"),
     Bad(
@@ -809,7 +807,7 @@ SETTINGS = (
     Bad("no sequence", lambda: check_modalities([]), "modalities must be a list of different names, got"),
     Bad("one name for the sequences", lambda: check_modalities("flair"), "modalities must be a list .* got 'flair'"),
     Bad(
-        "a sequence called label", lambda: check_modalities(["a", "label"]), "modalities must not be called like one of"
+        "a sequence called label", lambda: check_modalities(["a", "label"]), "modalities must not have one of the names"
     ),
 )
 
@@ -859,7 +857,7 @@ WEIGHTS = (
         "a truncated file", lambda path: (save(small)(path), edit(str(path), lambda text: text[:-500])), "it is damaged"
     ),
     Bad(
-        "a list as weights", lambda path: torch.save([torch.ones(1)], path), "holds no weights by their names, but list"
+        "a list as weights", lambda path: torch.save([torch.ones(1)], path), "must hold named weights, but holds a list"
     ),
     Bad(
         "a pickle with code",

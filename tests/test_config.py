@@ -72,7 +72,7 @@ def test_devices_that_are_not_there(device: str):
 def test_flips_need_an_axis():
     check_flips(flip_test=False, flip_axes=[])
     check_flips(flip_test=True, flip_axes=[0])
-    with pytest.raises(ValueError, match="flip_axes, which are none here"):
+    with pytest.raises(ValueError, match="flip_axes must not be empty"):
         check_flips(flip_test=True, flip_axes=[])
 
 

@@ -270,9 +270,7 @@ class TestErrors:
             {"t1": read_series(self.series(tmp_path / "t1"))},
             random_label(affine_of(ORIENTATIONS["oblique"])),
         )
-        with pytest.raises(
-            ValueError, match=r"holds \[4\], which are no classes; the values of these are \[0, 2, 500\]"
-        ):
+        with pytest.raises(ValueError, match=r"holds \[4\], which are not values of its classes, \[0, 2, 500\]"):
             make_dicom_seg(label, series, {"background": 0, "edema": 2, "cavity": 500}, BUNDLE)
 
     @pytest.mark.parametrize("keyword", ["PatientID", "StudyInstanceUID", "FrameOfReferenceUID"])

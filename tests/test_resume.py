@@ -325,7 +325,7 @@ def test_what_fails_says_what_and_is_resumed_exactly(
     assert run(tmp_path, fault, num_workers=num_workers) == 1
     error = capfd.readouterr().err
     assert said in error
-    assert "The same command with --resume True goes on from there." in error
+    assert "The same command with --resume True continues from there." in error
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert run(tmp_path, num_workers=num_workers, resume=True) == 0
     assert results(tmp_path) == reference(num_workers)

@@ -71,8 +71,8 @@ def check_classes(
         raise ValueError(f"regions must be names with a list of class indices each, got {regions!r}.")
     if len(label_values) != len(class_names):
         raise ValueError(
-            f"label_values and class_names must be as long, one of each per class, got {list(label_values)} and "
-            f"{list(class_names)}."
+            f"label_values and class_names must have the same length, one entry per class, got {list(label_values)} "
+            f"and {list(class_names)}."
         )
     if len(label_values) < 2 or not all(isinstance(value, int) for value in label_values):
         raise ValueError(f"label_values must be two or more whole numbers, background first, got {list(label_values)}.")

@@ -28,22 +28,21 @@ Item = Mapping[Hashable, Any]
 
 
 class FileCacheDataset(PersistentDataset):
-    """Cases that go through the transforms before the first random one only once, and then lie in one file each.
+    """Applies the transforms before the first random one only once per case, and keeps the result in one file.
 
-    The files are mapped into memory and a crop reads its own part only, so that memory does not grow with the cohort,
-    nor with the number of processes: all of them share the system's page cache. A file holds what its case has, nothing
-    for a missing modality. It belongs to its case, the size and time of its images, and the transforms: where one of
-    them changes, a new file is made, and the old one is left. All are made at the start, several processes sharing the
-    work.
+    Files are mapped into memory and a crop reads only its own part. Memory therefore grows neither with the cohort nor
+    with the number of processes, which share the system's page cache. A file holds nothing for a missing modality. It
+    depends on the case, the size and time of its images, and the transforms; if one of these changes, a new file is
+    written and the old one stays. All files are written at the start; several processes share the work.
 
-    Of MONAI's metadata the affine is kept. Cases that fail are not the end of it: they are in ``faults``, all of them,
-    and an error when they are asked for.
+    Of MONAI's metadata only the affine is kept. Failed cases do not stop the others: ``faults`` lists them, and reading
+    one raises an error.
 
     Args:
         data: the cases.
-        transform: transforms; what comes before the first random one must be picklable.
-        cache_dir: folder of the files; it is made. Float32 volumes need some 20 to 35 MB for each modality of a brain.
-        num_workers: threads that make the files; with 0 there is just the main one.
+        transform: transforms; those before the first random one must be picklable.
+        cache_dir: folder of the files, created if needed. A modality of a brain takes some 20 to 35 MB as float32.
+        num_workers: threads that write the files; 0 uses the main thread only.
 
     Raises:
         RuntimeError: when a file in the folder cannot be read.
@@ -96,7 +95,7 @@ class FileCacheDataset(PersistentDataset):
             values, affines = torch.load(path, mmap=True, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError) as error:
             raise RuntimeError(
-                f"Case {item.get('case')}: {path} cannot be read; delete it, it is made anew."
+                f"Case {item.get('case')}: {path} cannot be read; delete it, and the next run writes it again."
             ) from error
         return {**values, **{key: MetaTensor(values[key], affine=affine) for key, affine in affines.items()}}
 

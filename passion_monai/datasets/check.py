@@ -1,4 +1,4 @@
-"""Reads every case of a datalist before it is worked on, and says what there is and what is wrong."""
+"""Reads every case of a datalist before training, and reports what it holds and what is wrong."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_dataset(
     root: str | Path | None = None,
     num_workers: int = 0,
 ) -> None:
-    """Read all images and labels of all sections, those that a case's ``presence`` hides too, and log a summary.
+    """Read all images and labels of all sections, including hidden modalities, and log a summary.
 
     Args:
         datalist: path of the datalist.

@@ -1,4 +1,4 @@
-"""Which cases a workflow runs on: a user's folder or datalist, or the embedded phantom when none is given."""
+"""The cases of a workflow: a user's folder or datalist, or otherwise the embedded phantom."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare_datalist(
     phantom: Mapping[str, Any],
     seed: int,
 ) -> str:
-    """Path of the datalist to work on, made where there is none.
+    """Path of the datalist to use, which is written if there is none.
 
     A `datalist` that is given is used as it is. Otherwise the cases of `dataset_dir`, or of a phantom written to
     ``<output_dir>/phantom`` when that is None, are split and written to ``<output_dir>/datalist.json``. A datalist that
@@ -86,15 +86,15 @@ def training_cases(
 ) -> list[Case]:
     """The training cases, each with its row of the presence matrix where missing modalities are simulated.
 
-    With `slices` each slice of a case is a sample of its own, with its number under the key ``slice``; what a patient
-    lacks is missing in all slices.
+    With `slices` each slice of a case is a separate sample, with its number under the key ``slice``; a modality that
+    the patient lacks is missing in all slices.
 
     Args:
         datalist: path of the datalist.
         dataset: name of the data set's layout.
         modalities: names of the M modalities.
         root: folder that the datalist's paths are relative to, where it is no longer the one in the file.
-        missing_rates: rate in [0, 1) per modality to simulate on complete cases; None to train on what there is.
+        missing_rates: rate in [0, 1) per modality to simulate on complete cases; None to use all modalities.
         presence_file: JSON or CSV file with the presence of each case, instead of `missing_rates`.
         slices: whether to train on slices, along the last axis of the files, instead of volumes.
         seed: of the simulation.
@@ -129,7 +129,7 @@ def training_cases(
 
 
 def validation_cases(datalist: str, *, modalities: Sequence[str], root: str | None = None) -> list[Case]:
-    """The validation cases; none where the datalist's split has none, as that of MyoPS, and training then goes without.
+    """The validation cases; none if the datalist's split has none, as for MyoPS. Training then skips validation.
 
     The arguments are those of :func:`training_cases`.
     """
@@ -161,7 +161,7 @@ def inference_cases(
         output_dir: folder of the run.
         modalities: names of the M modalities.
         phantom: see :func:`prepare_datalist`.
-        missing_rates: rates to simulate on the phantoms; None for complete ones. Real cases are taken as they are.
+        missing_rates: rates to simulate on the phantoms; None for complete ones. Real cases keep all modalities.
         seed: of the simulation.
         datalist: path of a datalist.
         section: which of its cases.
@@ -230,7 +230,7 @@ def _check_root(datalist: Path, root: Path) -> None:
 
 
 def single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
-    """The case of a patient who is given by the path of each modality, and maybe a name as ``case``.
+    """The case of a patient given by the path of each modality and, optionally, a name as ``case``.
 
     Raises:
         ValueError: when `files` names something else, or the name is none for a file.

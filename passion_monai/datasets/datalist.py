@@ -1,8 +1,8 @@
-"""Datalists: JSON files that say which case has which files, and to which part of the split it belongs.
+"""Datalists: JSON files with the files of each case and its part of the split.
 
 A case is a dictionary with the keys
 
-- ``case``: its id; ``patient``: whom it shows, which differs where a patient was scanned more than once;
+- ``case``: its id; ``patient``: the patient's id, which several cases share if a patient was scanned more than once;
 - one key per modality *that exists*, holding a path: a missing modality is a missing key. ``x.nii.gz[2]`` is the third
   volume of a 4-D file;
 - ``label``: path of the label file, missing where there is none;
@@ -56,14 +56,14 @@ def check_modalities(modalities: Sequence[str]) -> None:
     """Check that names can be the keys of modalities in a datalist.
 
     Raises:
-        ValueError: when there is none, one is there twice, or one is called like another key of a case.
+        ValueError: when there is none, a name occurs twice, or a name equals another key of a case.
     """
     reserved = (*_CASE_KEYS, *_SAMPLE_KEYS)
     names = modalities if isinstance(modalities, (list, tuple)) else []
     if not names or len(set(names)) < len(names) or any(not isinstance(name, str) or not name for name in names):
         raise ValueError(f"modalities must be a list of different names, got {modalities!r}.")
     if set(names) & set(reserved):
-        raise ValueError(f"modalities must not be called like one of {list(reserved)}, got {modalities!r}.")
+        raise ValueError(f"modalities must not have one of the names {list(reserved)}, got {modalities!r}.")
 
 
 def write_datalist(
@@ -117,7 +117,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"Datalist {path} does not exist; python -m passion_monai.datasets.<name> makes one (see its --help)."
+            f"Datalist {path} does not exist; python -m passion_monai.datasets.<name> writes one (see its --help)."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -138,8 +138,8 @@ def read_datalist(
 ) -> list[Case]:
     """Read and check one section of a datalist.
 
-    A file that does not exist is left to the transform that reads it, so that it is reported with all others that
-    cannot be read; unless no case has all of its files.
+    A missing file is not an error here: the transform that reads it reports it together with all other unreadable ones.
+    It is an error if every case lacks a file.
 
     Args:
         path: the JSON file.
@@ -152,7 +152,7 @@ def read_datalist(
 
     Raises:
         FileNotFoundError: when the datalist does not exist, or every case lacks a file.
-        ValueError: naming the datalist and all cases in which anything is not as this module describes.
+        ValueError: naming the datalist and all cases that do not conform to this module's description.
     """
     path = Path(path)
     content = _load(path, section)

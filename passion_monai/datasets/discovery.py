@@ -1,8 +1,8 @@
-"""Finding the cases of a data set by the names of its files, for all layouts alike.
+"""Finds the cases of a data set by the names of its files, for all layouts.
 
-A layout is a table of patterns, ``{case}_flair`` and the like; the extension is that of any format that is read, and
-may be in capitals. A modality may also be the folder of a DICOM series called so. Images that are called otherwise
-are never left out in silence: one of them may be the modality that seems to be missing.
+A layout is a table of patterns such as ``{case}_flair``. Any supported extension matches, in small letters or
+capitals. A modality may also be the folder of a DICOM series with that name. Images with other names are always
+reported, since one of them may be the modality that seems to be missing.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def strip_extension(name: str) -> str:
 
 @dataclass(frozen=True)
 class Naming:
-    """One way in which a data set's files are called.
+    """One way of naming a data set's files.
 
-    In a pattern ``{case}`` stands for the case's id and ``*`` for anything but a slash. A pattern with a slash is about
-    the folders above the file too. Where several patterns fit a name, the one with the most letters of its own holds.
+    In a pattern ``{case}`` stands for the case's id and ``*`` for anything but a slash. A pattern with a slash also
+    matches the folders above the file. If several patterns match a name, the one with the most literal letters wins.
 
     Args:
         keys: for each pattern, without extension, the modality, or ``label``, or ``image`` for `volumes`.
         label_values: the value of each class in label files of this kind.
-        case: what ids look like, as a regular expression, where patterns alone would not tell.
-        second_choice: patterns of files that only count where the case has no other file for the key.
+        case: regular expression of the ids, if patterns alone are ambiguous.
+        second_choice: patterns of files that are used only if the case has no other file for the key.
         volumes: the modalities in a 4-D file, in the order of its last axis.
     """
 
@@ -112,20 +112,20 @@ def discover_cases(
 ) -> list[dict[str, Any]]:
     """Find all cases below a folder, which may also be the folder of a single case.
 
-    Hidden files and folders are left out; linked folders are not followed, which is logged, as are images that are
-    called like no modality.
+    Hidden files and folders are left out; linked folders are not followed, which is logged, as are images
+    whose name fits no modality.
 
     Args:
         root: the folder that is searched.
-        namings: the ways in which the data set's files are called.
+        namings: the ways in which the data set names its files.
         title: the data set's name, for messages.
         modalities: names of the M modalities, in their order.
-        patient: whom a case shows, by its id.
-        rename: the name, without extension, under which a file counts, for files that were released misnamed.
-        labels_apart: whether a case's label may lie in another folder than its images. What a pattern with a slash
-            fits may lie apart in any case.
+        patient: gives the patient of a case, from its id.
+        rename: gives the right name, without extension, of a file, for files released under a wrong name.
+        labels_apart: whether a case's label may lie in another folder than its images. Files matched by a pattern with
+            a slash may do so in any case.
         keep_faulty: keep cases whose files contradict each other, with the reason under the key ``fault`` and without
-            files, instead of an error.
+            files, instead of raising an error.
 
     Returns:
         One case per id, ordered by id: ``case``, ``patient``, the absolute path of each modality there is, ``label``
@@ -178,28 +178,28 @@ def _report_unknown(
     *,
     root: Path,
 ) -> None:
-    """Say which images are called like no modality; an error where they may be one that seems to be missing."""
+    """Warn of images whose names fit no modality; an error if one of them may be a modality that no case has."""
     if not unknown:
         return
     names = "; ".join(
         ", ".join(f"{_shown(pattern)} ({key})" for pattern, key in naming.keys.items()) for naming in namings
     )
     remedy = (
-        f"Names are {names}, where capitals count. Rename the images that are one of these, or say which file is what "
-        "in a datalist, which python -m passion_monai.datasets.patterns writes (files for a single patient)"
+        f"Names are {names}; case matters. Rename the images that are one of these, or assign them in a datalist, "
+        "which python -m passion_monai.datasets.patterns writes (for a single patient, use files)"
     )
     folders = {file.path.parent for file in known}
     doubtful = [path for path in unknown if path.parent in folders and not _DERIVED.search(strip_extension(path.name))]
     absent = [name for name in modalities if name not in {file.key for file in known}]
     if doubtful and absent:
         raise ValueError(
-            f"No case below {root} has {', '.join(absent)}, but there are {_first(doubtful, root)}, which are called "
-            f"like no modality. {remedy}; and move those that are none out of the folder, or do without the modality "
+            f"No case below {root} has {', '.join(absent)}, but there are {_first(doubtful, root)}, whose names fit no "
+            f"modality. {remedy}; move all other images out of the folder. If no case has the modality, leave it out "
             "(--without of that command)."
         )
     logger.warning(
-        "Not used: below %s there are %s, which are called like no modality. %s; where they are none, such as masks, "
-        "all is well.",
+        "Not used: below %s there are %s, whose names fit no modality. %s. Ignore this if they are something else, "
+        "such as masks.",
         root,
         _first(unknown, root),
         remedy,
@@ -234,7 +234,7 @@ def _walk(root: Path, namings: Sequence[Naming]) -> Iterator[Path]:
 
 
 def _identify(path: Path, root: Path, namings: Sequence[Naming], rename: Callable[[str], str] = str) -> _File | None:
-    """What a file or folder is by its name; None if it is called like no modality or label."""
+    """What a file or folder is by its name; None if its name fits no modality or label."""
     stem = rename(strip_extension(path.name))
     relative = "" if path == root else (path.relative_to(root).parent / stem).as_posix()
     for naming in namings:

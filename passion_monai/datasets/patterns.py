@@ -186,7 +186,7 @@ def _classes(labels: Mapping[str, Any], where: object) -> dict[str, Any]:
     if not all(type(value) is int for value in known) or 0 not in known or "ignore" in labels:
         raise ValueError(
             f"{where}: labels must be whole numbers, 0 for the background, got {dict(labels)}; a label to "
-            "ignore is not known here: give it a class of its own."
+            "ignore is not supported: give it its own class."
         )
     ordered = sorted(known, key=lambda value: (value != 0, value))
     names = {members[0]: name for name, members in values.items() if len(members) == 1}
@@ -252,7 +252,7 @@ def _without(layout: Layout, names: Sequence[str]) -> Layout:
     there = layout.spec.modalities
     if not set(names) <= set(there) or (names and layout.naming.volumes):
         raise ValueError(
-            f"--without is for modalities of the layout in files of their own, {list(there)}, got {names}."
+            f"--without takes modalities that the layout has in separate files, {list(there)}, got {names}."
         )
     keys = {pattern: key for pattern, key in layout.naming.keys.items() if key not in names}
     kept = tuple(name for name in there if name not in names)
@@ -262,7 +262,7 @@ def _without(layout: Layout, names: Sequence[str]) -> Layout:
 def _with_patterns(layout: Layout, modalities: Mapping[str, str], label: str | None) -> Layout:
     """The layout with other patterns for these modalities and the label."""
     if modalities and layout.naming.volumes:
-        raise ValueError("--modality is not for the volumes of 4-D files, whose names are those in dataset.json.")
+        raise ValueError("--modality does not apply to the volumes of 4-D files; dataset.json names them.")
     given = {**modalities, **({} if label is None else {"label": label})}
     kept = {pattern: key for pattern, key in layout.naming.keys.items() if key not in given}
     keys = kept | {_pattern(text): key for key, text in given.items()}

@@ -1,1 +1,1 @@
-"""How good a prediction is: scores per subject volume and modality combination, their tables and their figures."""
+"""Evaluation: scores per subject volume and modality combination, with tables and figures."""

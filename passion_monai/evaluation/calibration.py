@@ -1,4 +1,4 @@
-"""How far a network's confidence is from how often it is right."""
+"""The difference between a network's confidence and its accuracy."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _QUANTILE = 0.95
 
 
 class SurfaceDistances(NamedTuple):
-    """Of two masks, in mm: the 95th percentile of the Hausdorff distance, and the average symmetric surface distance.
+    """Distances between two masks in mm: 95th percentile Hausdorff distance and average symmetric surface distance.
 
     Attributes:
         hausdorff95: the larger of the two 95th percentiles of the distances from one mask's surface to the other's, as

@@ -1,4 +1,4 @@
-"""What a network reached with each combination of modalities, kept beside its weights and told with each prediction."""
+"""Scores of a network for each combination of modalities, kept beside its weights and recorded with each prediction."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha
 
 
 def read_expected_scores(weights: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
-    """The scores that were written for these weights, or None where they were not evaluated.
+    """The scores written for these weights, or None if they were not evaluated.
 
     Args:
         weights: path of the checkpoint, or of several; see :func:`evaluation_folder`.

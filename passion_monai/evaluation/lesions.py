@@ -1,7 +1,7 @@
-"""Scores lesion by lesion, as the BraTS challenge has them since 2023, by the package panoptica.
+"""Scores lesion by lesion, as in the BraTS challenge since 2023, with the package panoptica.
 
-A patient with a large lesion and a small one that is missed has a high Dice coefficient of the whole mask. Here every
-lesion counts the same: each connected component of the label, and each of the prediction that is none of the label's.
+If a network finds a large lesion but misses a small one, Dice of the whole mask is high. Here every lesion has the same
+weight: each connected component of the label, and each component of the prediction without a match in the label.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ class CombinationScores:
     both on the file's grid, which gives the spacing; ``case`` and ``presence`` bool [M] in the batch. Combinations of
     modalities that a case does not have are left out.
 
-    A run writes ``scores.csv`` anew, case by case, and in the end ``table.md`` and ``expected_scores.json``, see
-    :mod:`passion_monai.evaluation.expected`. To go on with an interrupted one, give
-    the evaluator the :meth:`remaining` cases only.
+    A run writes ``scores.csv`` case by case, and at the end ``table.md`` and ``expected_scores.json``, see
+    :mod:`passion_monai.evaluation.expected`. To continue an interrupted run, give the evaluator only the
+    :meth:`remaining` cases.
 
     Args:
         output_dir: folder for the files; it is made.
@@ -76,9 +76,9 @@ class CombinationScores:
         calibrated: write the error of calibrated probabilities beside it, from ``calibrated_confidence``, likewise, and
             a table of both.
         lesionwise: score lesion by lesion too, see :mod:`passion_monai.evaluation.lesions`.
-        weights: checkpoint, or list of them, that is evaluated. Scores of another one are not gone on with.
-        keep_cases: number of cases, the first of those to evaluate, of which images (``image`` in the batch), label and
-            class maps are kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
+        weights: checkpoint, or list of them, to evaluate. Scores of another checkpoint are not continued.
+        keep_cases: number of cases, from the first, whose images (``image`` in the batch), label and class maps are
+            kept in ``maps/<case>.npz``, see :mod:`passion_monai.evaluation.kept_maps`.
         data: which cases these are, for people to read.
         settings: whatever else the scores depend on, likewise.
 
@@ -136,10 +136,10 @@ class CombinationScores:
         self._pending: deque[tuple[str, Future[list[Row]], list[Row]]] = deque()
 
     def remaining(self, cases: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
-        """Those of the cases to evaluate that an earlier run with the same weights and settings has not scored.
+        """The cases that no earlier run with the same weights and settings has scored.
 
-        The scores of the others are kept, and the table is written if they are all, since an evaluator without a case
-        does not run.
+        The scores of the others are kept. If no case remains, the table is written here, since an evaluator without
+        cases does not run.
 
         Args:
             cases: dictionaries with the name as ``case``.

@@ -1,4 +1,4 @@
-"""Files of scores that grow case by case, and that an interrupted evaluation goes on with."""
+"""Score files that grow case by case, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class ScoreFiles:
     """CSV files with rows for each case, and ``scores.json``, which says for which cases they are complete.
 
-    A case is entered there once all its rows are written, so that nothing torn counts when a run was killed. The
-    settings stand there too, and what was scored with other ones counts for nothing.
+    ``scores.json`` lists a case once all its rows are written, so incomplete rows of a killed run do not count. It also
+    holds the settings; scores from other settings do not count either.
 
     Args:
         folder: of the files; it is made.
@@ -52,7 +52,7 @@ class ScoreFiles:
         names = {**record["settings"], **self.settings}
         changed = [name for name in names if record["settings"].get(name) != self.settings.get(name)]
         if changed:
-            logger.warning(f"The scores in {self.folder} are made anew: the settings {changed} are not what they were.")
+            logger.warning(f"Scoring all cases in {self.folder} again, because the settings {changed} have changed.")
         return [] if changed else list(record["cases"])
 
     def start(self, keep: Collection[str] = ()) -> None:

@@ -199,7 +199,7 @@ def read_temperatures(
     """
     path = evaluation_folder(weights) / FILE_NAME if path is None else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There are no temperatures at {path} to calibrate probabilities by. {_REMEDY}")
+        raise FileNotFoundError(f"There are no temperatures for calibration at {path}. {_REMEDY}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known, flips = content["weights_sha256"], content["flip_test"]

@@ -159,7 +159,7 @@ def read_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Ten
     tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         where = "" if isinstance(checkpoint, Mapping) else f" {checkpoint}"
-        raise ValueError(f"Checkpoint{where} holds no weights by their names, but {type(state).__name__}.")
+        raise ValueError(f"Checkpoint{where} must hold named weights, but holds a {type(state).__name__}.")
     return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
@@ -176,7 +176,7 @@ def _read_tensors(path: Path) -> Any:
     except Exception as error:
         raise ValueError(
             f"Checkpoint {path} cannot be read as tensors: it is damaged, or holds other objects, which are not loaded "
-            "because they could run code. Get it anew."
+            "because they could run code. Get the file again."
         ) from error
 
 

@@ -281,4 +281,4 @@ def _log(report: TransferReport, target: Mapping[str, Tensor], matched: Sequence
     for name, reason in report.fresh.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        logger.warning(f"Initialised anew, because it {reason}: {', '.join(names)}")
+        logger.warning(f"Not transferred, because it {reason}: {', '.join(names)}")

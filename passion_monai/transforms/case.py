@@ -1,4 +1,4 @@
-"""What all transforms know of a case: a dictionary with a key for each modality that is there."""
+"""What all transforms share about a case: a dictionary with a key for each available modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One grid for all modalities of a case, and the part of it that is looked at."""
+"""One grid for all modalities of a case, and the part of it to use."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _FLOAT_ROUNDING = 1e-4  # of a voxel: what float32 in a header makes of one grid
 class AlignModalitiesd(MapTransform):
     """Make sure that all modalities of a case (and its label) lie on the grid of the first modality present.
 
-    What has the same grid with its axes in another order or direction, as formats differ in it, is turned, exactly.
-    Grids that are nowhere more than a hundredth of a voxel apart, as registration tools round them, count as that of
-    the first, which is logged.
+    An image with the same grid but other order or direction of axes, as in other file formats, is reordered exactly.
+    Grids that differ by up to a hundredth of a voxel, from rounding in registration tools, are accepted as that of the
+    first, which is logged.
 
     Args:
         keys: names of the M modalities.

@@ -1,4 +1,4 @@
-"""Between the values in label files and the numbers of classes."""
+"""Conversion between the values in label files and class numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def values_in_file(data: Data, values: Sequence[int], key: str = "label_values")
 class LabelsToClassesd(MapTransform):
     """Turn the label values of a file into classes 0..K-1.
 
-    What is within a thousandth of a whole number is that number: labels that were scaled or written as floats are.
+    Values within a thousandth of a whole number are rounded, as scaled labels and labels stored as floats need it.
 
     Args:
         keys: key of the label; a case may lack it.

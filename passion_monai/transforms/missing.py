@@ -1,4 +1,4 @@
-"""Which modalities of a case count, and how one that is missing is stacked beside the others."""
+"""Masking of modalities, and stacking of the available ones with zeros for the missing ones."""
 
 from __future__ import annotations
 

@@ -177,8 +177,8 @@ def _confidence(probabilities: Tensor, seen: Tensor) -> Tensor:
 class ReplaceSmallClassesd(MapTransform):
     """Replace a class by another one where too few voxels of it are predicted.
 
-    A habit of challenges where an empty region of the label counts for much: the BraTS challenge scored a single voxel
-    of enhancing tumour in a patient without any as wholly wrong. It is no part of PASSION.
+    Challenges use this where empty regions of the label matter much: in a patient without enhancing tumour, the BraTS
+    challenge scored a single predicted voxel as entirely wrong. It is not part of PASSION.
 
     Args:
         keys: key of the class maps, [P, ...]; each is taken by itself.

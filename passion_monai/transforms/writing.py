@@ -28,11 +28,10 @@ logger = logging.getLogger(__name__)
 class SaveSegmentationd(MapTransform):
     """Write a class map as ``<case>_seg.nii.gz`` with the data set's label values, and ``<case>_seg.json`` beside it.
 
-    The JSON file says which modalities were used, which were missing, the file of each (null for a missing one), the
-    volume of each region in millilitres, and as ``expected_scores`` what the network reached in its evaluation with
-    just these modalities (null where it was not evaluated). ``calibration`` has the temperature by which the
-    probabilities were calibrated, null where they were not, then with a note that says why if it was asked for. A file
-    under its final name is complete.
+    The JSON file has the modalities used and missing, the file of each (null if missing), the volume of each region in
+    millilitres, and ``expected_scores``: the scores of the network in its evaluation with the same modalities (null if
+    it was not evaluated). ``calibration`` has the temperature that calibrated the probabilities, or null; if
+    calibration was requested but not possible, a note says why. A file under its final name is complete.
 
     Args:
         keys: key of the class map, int [1, H, W, D] with the affine of the file to write.
@@ -126,8 +125,8 @@ class SaveSegmentationd(MapTransform):
 class SaveProbabilitiesd(MapTransform):
     """Write class probabilities as ``<case>_prob.nii.gz``, the classes along the last axis.
 
-    NIfTI has no numbers of 16 bits but whole ones: the file holds those from 0 to `FULL_CONFIDENCE`, and the scale by
-    which all that read NIfTI make 0 to 1 of them.
+    NIfTI has no 16-bit floats. The file holds whole numbers from 0 to `FULL_CONFIDENCE`, and a scale factor by which
+    readers of NIfTI convert them to 0 to 1.
 
     Args:
         keys: key of the probabilities, float [K, H, W, D] with the affine of the file to write.

@@ -147,7 +147,7 @@ class TestEvaluation:
         log = bundle.succeed(
             "evaluate", output_dir=trained, minimum_voxels={1: 10**6, 2: 10**6}, replacement={1: 0, 2: 0}
         )
-        assert "the settings ['minimum_voxels', 'replacement'] are not what they were" in log
+        assert "the settings ['minimum_voxels', 'replacement'] have changed" in log
         regions = {name for name, classes in get_spec(bundle.dataset).regions.items() if set(classes) <= {1, 2}}
         rows = [row for row in read_csv(folder / "scores.csv") if row["region"] in regions]
         assert all(float(row["prediction_ml"]) == 0 for row in rows)

@@ -162,7 +162,7 @@ def test_one_is_killed_the_other_ends_and_both_go_on(
     assert killed.exitcode == -signal.SIGKILL, (tmp_path / f"log{rank}.txt").read_text()[-3000:]
     other.join(SECONDS_TO_END)
     assert other.exitcode == 1, f"exit code {other.exitcode} after {SECONDS_TO_END} s"
-    assert "--resume True goes on from there" in (tmp_path / f"log{1 - rank}.txt").read_text()
+    assert "--resume True continues from there" in (tmp_path / f"log{1 - rank}.txt").read_text()
     assert results(cohort.finish(tmp_path, resume=True)) == reference
 
 

@@ -174,7 +174,7 @@ def test_a_training_that_is_there_is_not_replaced_and_nothing_is_read(small: Any
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "last.pt").write_bytes(b"days of work")
     said = run(small, "train", run_id="training", output_dir=str(tmp_path))
-    assert "last.pt, which a new training would replace. Go on with that one by --resume True" in said
+    assert "last.pt, which a new training would replace. Continue the old one with --resume True" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [".training.lock", "models"]
     assert run(small, "train", run_id="training", output_dir=str(tmp_path), overwrite=True, epochs=1) == ""
     assert set(torch.load(tmp_path / "models" / "last.pt", weights_only=True)) > {"model", "optimizer"}

@@ -456,7 +456,7 @@ def test_remaining_are_the_cases_that_were_not_scored_with_the_same_weights(
     assert "3 cases." in (tmp_path / "table.md").read_text(encoding="utf-8")
     weights.write_bytes(b"second")
     assert run(items) == ["000", "001", "002"]
-    assert "['weights_sha256'] are not what they were" in caplog.text
+    assert "['weights_sha256'] have changed" in caplog.text
     assert run(items, section="validation") == ["000", "001", "002"]
 
 

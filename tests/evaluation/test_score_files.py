@@ -64,7 +64,7 @@ def test_other_settings_count_for_nothing(tmp_path: Path, caplog: pytest.LogCapt
         assert make_files(tmp_path).complete_cases() == ["a"]
         assert not caplog.records
         assert make_files(tmp_path, section="validation", more=1).complete_cases() == []
-    assert "are made anew: the settings ['section', 'more'] are not what they were" in caplog.text
+    assert "again, because the settings ['section', 'more'] have changed" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["scores.csv", "calibration.csv", "scores.json"])
