@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.transforms import (
     Compose,
@@ -109,7 +110,7 @@ class NNUNetSpatiald(Compose):
         super().__init__([rotation, scaling])
 
 
-class NNUNetIntensitiesd(Compose):
+class NNUNetIntensitiesd(Randomizable, MapTransform):
     """Change noise, blur, brightness, contrast, resolution and gamma of each modality by itself, as nnU-Net does.
 
     What is 0 in an image is 0 afterwards, as nnU-Net does it where it normalises within the head: that is the air
@@ -122,12 +123,19 @@ class NNUNetIntensitiesd(Compose):
     """
 
     def __init__(self, keys: Sequence[str], *, spatial_dims: int = 3) -> None:
-        self.keys = tuple(keys)
-        super().__init__([change for key in keys for change in _intensity_changes(key, _LINEAR[spatial_dims])])
+        MapTransform.__init__(self, keys, allow_missing_keys=True)
+        self.changes = Compose([change for key in keys for change in _intensity_changes(key, _LINEAR[spatial_dims])])
 
-    def __call__(self, data: Data, *args: Any, **kwargs: Any) -> dict[Hashable, Any]:
-        background = {key: data[key] == 0 for key in self.keys if key in data}
-        changed: dict[Hashable, Any] = super().__call__(data, *args, **kwargs)
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> NNUNetIntensitiesd:
+        """Seed all changes."""
+        self.changes.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Data) -> dict[Hashable, Any]:
+        background = {key: data[key] == 0 for key in self.key_iterator(dict(data))}
+        changed: dict[Hashable, Any] = self.changes(data)
         return changed | {key: changed[key].masked_fill(zero, 0) for key, zero in background.items()}
 
 
