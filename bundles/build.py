@@ -51,6 +51,10 @@ OVERLAYS = {
         "Trains on several GPUs",
         "torchrun --nproc_per_node=8 -m monai.bundle run training --config_file \"['{train}','{path}']\"",
     ),
+    "strong": (
+        "Trains with a strong recipe instead of the paper's",
+        RUN + "training --config_file \"['{train}','{path}']\" --dataset_dir <folder>",
+    ),
 }
 # The parts of a configuration and of a fragment, in this order.
 PARTS = {
@@ -97,8 +101,10 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
         "# Override any id below in the same way. `make bundles` makes this file from fragments: do not edit it.\n"
     )
     paths = [_fragment(workflow, phantom=phantom)]
-    if workflow in WORKFLOWS:
-        dataset, backbone = _parts(bundle)
+    dataset, backbone = _parts(bundle)
+    if workflow in OVERLAYS:  # which may have more for a data set
+        paths += [path for path in [_fragment(f"{dataset}_{workflow}", phantom=phantom)] if path.is_file()]
+    else:
         names = (dataset, f"{dataset}_grid", backbone, "common")
         paths = [bundle / "bundle.yaml", *(_fragment(name, phantom=phantom) for name in names), *paths]
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
@@ -106,14 +112,13 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
         grid = _fragment(f"{dataset}_grid", phantom=phantom)
         texts[grid] = _weights_grid(texts[grid])
     _check_keys(texts)
+    if workflow in OVERLAYS:
+        return banner + "".join(f"\n{text}" for text in texts.values())
     return banner + "".join(_in_order([*texts.values()]))
 
 
 def _in_order(texts: Sequence[str]) -> Iterator[str]:
     """The parts of all fragments: settings, then pipeline, then plumbing."""
-    if len(texts) == 1:  # an overlay
-        yield f"\n{texts[0]}"
-        return
     parts = [dict(_parts_of(text)) for text in texts]
     for name, title in PARTS.items():
         there = [part[name] for part in parts if part.get(name)]

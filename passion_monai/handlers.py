@@ -10,16 +10,23 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint
+from ignite.handlers import Checkpoint, EMAHandler
 from monai.engines import IterationEvents
 from monai.handlers import from_engine
-from torch import Tensor
+from torch import Tensor, nn
 
 from passion_monai.files import complete_file, save_complete
 from passion_monai.losses import PassionLoss
 from passion_monai.preference import epoch_preference, gap_preference, rescale_beta, update_beta
 
-__all__ = ["FileCheckpoint", "HandlerSequence", "LossOutput", "PreferenceHandler", "TrainingLog"]
+__all__ = [
+    "ExponentialMovingAverage",
+    "FileCheckpoint",
+    "HandlerSequence",
+    "LossOutput",
+    "PreferenceHandler",
+    "TrainingLog",
+]
 
 
 class _RunningMean:
@@ -134,6 +141,57 @@ class PreferenceHandler:
         self.loss.beta.copy_(beta if self.limits is None else rescale_beta(beta, self.limits))
         self.history.append({"relative_preference": preference.tolist(), "beta": self.loss.beta.tolist()})
         engine.state.metrics |= _by_modality("beta", self.loss.beta.tolist(), self.modalities)
+
+
+class ExponentialMovingAverage:
+    """Keeps an exponential moving average (EMA) of a network's weights, to validate and save in the network's place.
+
+    ``average <- decay_t * average + (1 - decay_t) * weights`` after the t-th iteration of the training, with ``decay_t
+    = min(decay, (1 + t) / (10 + t))``, as in TensorFlow's class of this name: the average of a short training, too, has
+    forgotten the weights that it began with. It is Ignite's :class:`ignite.handlers.EMAHandler` with this decay and a
+    state, to be part of the checkpoint; attach it before the checkpoint's handler.
+
+    Args:
+        network: the network that is trained.
+        decay: what a step keeps of the average, between 0 and 1, both excluded.
+
+    Raises:
+        ValueError: when `decay` is out of range.
+    """
+
+    def __init__(self, network: nn.Module, *, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be above 0 and below 1, got {decay}.")
+        self.decay = decay
+        self._handler = EMAHandler(network, momentum=1 - decay)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network with the average of the weights."""
+        return self._handler.ema_model
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to a trainer of the network."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._set_momentum)
+        self._handler.attach(engine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average of the weights."""
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved average."""
+        self.network.load_state_dict(state)
+
+    def _start(self) -> None:
+        # Several processes have the same weights by now; when this object was made, each had drawn its own.
+        self.network.load_state_dict(self._handler.model.state_dict())
+
+    def _set_momentum(self, engine: Engine) -> None:
+        state: Any = engine.state
+        iterations = state.iteration
+        state.ema_momentum = 1 - min(self.decay, (1 + iterations) / (10 + iterations))
 
 
 class HandlerSequence:

@@ -24,7 +24,7 @@ from ignite.handlers import Checkpoint
 from ignite.utils import manual_seed
 from monai.data.utils import set_rnd
 from monai.engines import Workflow
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
 
 from passion_monai.distributed import Agreement
@@ -71,7 +71,24 @@ class Seeding:
 
 
 class PolynomialLR(lr_scheduler.PolynomialLR):
-    """torch's, but a resumed run with another `total_iters` has the learning rate that a new one would have by then."""
+    """torch's with a linear warm-up; a resumed run with another `total_iters` has what a new one would have by then.
+
+    In step e the learning rate is ``base * (1 - e / total_iters)^power * min(1, (e + 1) / (warmup_iters + 1))``.
+
+    Args:
+        optimizer: whose learning rate it is.
+        total_iters: steps until it is 0.
+        power: of the decay.
+        warmup_iters: steps in which it is less than the decay would have it.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_iters: int, power: float, *, warmup_iters: int = 0) -> None:
+        self.warmup_iters = warmup_iters
+        super().__init__(optimizer, total_iters, power)
+
+    def get_lr(self) -> list[Any]:
+        """The learning rate of each group of parameters; from the end of the warm-up on it is torch's."""
+        return self._learning_rates() if self.last_epoch <= self.warmup_iters > 0 else super().get_lr()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, with the `total_iters` of this object; load the optimiser's state before."""
@@ -80,10 +97,14 @@ class PolynomialLR(lr_scheduler.PolynomialLR):
         if self.total_iters == total_iters:
             return
         self.total_iters = total_iters
-        remaining = max(0.0, 1 - self.last_epoch / total_iters)
-        self._last_lr = [base_lr * remaining**self.power for base_lr in self.base_lrs]
+        self._last_lr = self._learning_rates()
         for group, learning_rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = learning_rate
+
+    def _learning_rates(self) -> list[Any]:
+        remaining = max(0.0, 1 - self.last_epoch / self.total_iters)
+        warm = min(1.0, (self.last_epoch + 1) / (self.warmup_iters + 1))
+        return [base_lr * remaining**self.power * warm for base_lr in self.base_lrs]
 
 
 class LastCheckpoint:

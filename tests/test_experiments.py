@@ -29,7 +29,7 @@ def load(path: Path) -> Any:
 
 
 METHODS = load(EXPERIMENTS / "methods.yaml")
-SCALES = {name: load(EXPERIMENTS / f"{name}.yaml") for name in ("cpu", "paper", "real")}
+SCALES = {name: load(EXPERIMENTS / f"{name}.yaml") for name in ("cpu", "paper", "real", "strong")}
 SNAKEFILE = (EXPERIMENTS / "Snakefile").read_text(encoding="utf-8")
 NAMES = {
     "baseline": "Baseline",
@@ -49,6 +49,9 @@ NAMES = {
     "lambda_1_4": "PASSION (λ 0.125, 0.1)",
     "lambda_4": "PASSION (λ 2, 0.1)",
     "lambda_16": "PASSION (λ 8, 0.1)",
+    # Reports know these by the names that the workflow hands over.
+    **{name: "PASSION" for name in METHODS if name.startswith("strong")},
+    **dict.fromkeys(("strong", "strong_dropout"), "PASSION +ModDrop"),
 }
 PARTS = [(scale, part) for scale, content in SCALES.items() for parts in content["tables"].values() for part in parts]
 
@@ -106,6 +109,33 @@ def test_every_training_of_a_table_has_a_folder_of_its_own(scale: str, table: st
     count = sum(part["seeds"] * math.prod(len(part[axis]) for axis in axes) for part in SCALES[scale]["tables"][table])
     folders = functions(scale)["runs"](table)
     assert len({*folders}) == len(folders) == count
+
+
+@pytest.mark.parametrize(("scale", "table"), [(scale, table) for scale in SCALES for table in SCALES[scale]["tables"]])
+def test_a_report_can_tell_the_methods_of_a_table_apart(scale: str, table: str):
+    training, names = config("brats", "mmformer"), {}
+    for argument, folder in zip(
+        functions(scale)["report_arguments"](table), functions(scale)["runs"](table), strict=True
+    ):
+        method = Path(folder).parent.name
+        name, _, rest = argument.partition("=")
+        assert (rest or name) == folder
+        names[method] = (
+            name if rest else (method_name(training | METHODS[method]), METHODS[method].get("simulate_missing"))
+        )
+    assert len({*names.values()}) == len(names)
+
+
+def test_the_strong_method_is_all_parts_of_the_recipe_that_a_cpu_has_use_for():
+    parts = {
+        name: value for method in METHODS if method.startswith("strong_") for name, value in METHODS[method].items()
+    }
+    assert METHODS["strong"] == {name: value for name, value in parts.items() if name != "precision"}
+    recipe = config("brats", "rfnet", "strong")
+    assert {*METHODS["strong"]} - {"objective"} == {*recipe} - {"bfloat16_gpu", "precision"}
+    assert all(
+        METHODS["strong"][name] == recipe[name] for name in METHODS["strong"] if name not in ("objective", "roi_size")
+    )
 
 
 @pytest.mark.parametrize(("scale", "part"), PARTS)

@@ -10,7 +10,14 @@ from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from torch import nn
 
-from passion_monai.handlers import FileCheckpoint, HandlerSequence, LossOutput, PreferenceHandler, TrainingLog
+from passion_monai.handlers import (
+    ExponentialMovingAverage,
+    FileCheckpoint,
+    HandlerSequence,
+    LossOutput,
+    PreferenceHandler,
+    TrainingLog,
+)
 from passion_monai.losses import PassionLoss
 
 MODALITIES = ("a", "b", "c")
@@ -100,6 +107,41 @@ class TestPreferenceHandler:
             PreferenceHandler(PassionLoss(3, 2), ("a", "b"))
         with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
             PreferenceHandler(PassionLoss(3, 2), MODALITIES, gamma=-1)
+
+
+class TestExponentialMovingAverage:
+    def average(self, values: list[float], decay: float) -> ExponentialMovingAverage:
+        """That of a network with one weight, which a training sets to these values in its iterations."""
+        network = nn.Linear(1, 1, bias=False)
+        average = ExponentialMovingAverage(network, decay=decay)
+        nn.init.constant_(network.weight, 5.0)  # as other processes' weights arrive before the training starts
+        engine = Engine(lambda _, value: nn.init.constant_(network.weight, value))
+        average.attach(engine)
+        engine.run(values)
+        assert network.weight.item() == values[-1]
+        return average
+
+    @pytest.mark.parametrize("decay", [0.5, 0.15, 0.999])
+    def test_is_its_equation(self, decay: float):
+        values = [1.0, -2.0, 0.5, 4.0]
+        expected = 5.0
+        for t, value in enumerate(values, start=1):
+            kept = min(decay, (1 + t) / (10 + t))
+            expected = kept * expected + (1 - kept) * value
+        assert self.average(values, decay).network.weight.item() == pytest.approx(expected)
+
+    def test_a_short_training_has_forgotten_how_it_began(self):
+        assert self.average([1.0] * 200, 0.999).network.weight.item() == pytest.approx(1.0, abs=1e-6)
+
+    def test_needs_no_gradient_and_names_weights_as_the_network_does(self):
+        average = self.average([1.0], 0.9)
+        assert list(average.state_dict()) == ["weight"]
+        assert not average.network.weight.requires_grad
+
+    @pytest.mark.parametrize("decay", [0.0, 1.0, -1])
+    def test_refuses_another_decay(self, decay: float):
+        with pytest.raises(ValueError, match=f"decay must be above 0 and below 1, got {decay}"):
+            ExponentialMovingAverage(nn.Linear(1, 1), decay=decay)
 
 
 class TestTrainingLog:

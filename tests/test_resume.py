@@ -23,7 +23,7 @@ from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
 from monai.transforms import Compose, EnsureTyped, RandGaussianNoised, RandScaleIntensityd
 from torch import Tensor, nn
 
-from passion_monai.handlers import FileCheckpoint, LossOutput, PreferenceHandler, TrainingLog
+from passion_monai.handlers import ExponentialMovingAverage, FileCheckpoint, LossOutput, PreferenceHandler, TrainingLog
 from passion_monai.resume import LastCheckpoint, PolynomialLR, Seeding, _CheckpointFiles
 
 EPOCHS, SAMPLES, BATCH_SIZE = 4, 7, 2  # four iterations an epoch, the last of one sample
@@ -48,7 +48,7 @@ class Loss(nn.Module):
 
 
 class Training:
-    """The parts of train.yaml, around a layer with dropout."""
+    """The parts of train.yaml, around a layer with dropout, with an average of the weights and a warm-up."""
 
     def __init__(
         self,
@@ -72,17 +72,18 @@ class Training:
         self.network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
         self.loss = Loss()
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
-        self.scheduler = PolynomialLR(optimizer, total_iters=epochs, power=0.9)
+        self.scheduler = PolynomialLR(optimizer, total_iters=epochs, power=0.9, warmup_iters=2)
+        self.average = ExponentialMovingAverage(self.network, decay=0.9)
         self.validator = SupervisedEvaluator(
             torch.device("cpu"),
             DataLoader(Dataset(cases[:3]), num_workers=num_workers),
-            self.network,
+            self.average.network,
             key_val_metric={"error": MeanSquaredError(from_engine(["pred", "label"]))},
             decollate=False,
         )
         self.preference = PreferenceHandler(self.loss, MODALITIES)
         self.log = TrainingLog(folder / "training.csv", self.loss, MODALITIES, validator=self.validator)
-        self.best = FileCheckpoint(folder / "model.pt", {"model": self.network}, metric="error")
+        self.best = FileCheckpoint(folder / "model.pt", {"model": self.average.network}, metric="error")
         handlers = [Seeding(3), LossOutput(), ValidationHandler(2, self.validator), LrScheduleHandler(self.scheduler)]
         self.trainer = SupervisedTrainer(
             torch.device("cpu"),
@@ -91,7 +92,7 @@ class Training:
             self.network,
             optimizer,
             self.loss,
-            train_handlers=[*handlers, self.preference, self.log],
+            train_handlers=[*handlers, self.average, self.preference, self.log],
             decollate=False,
         )
         self.best.attach(self.validator)
@@ -102,6 +103,7 @@ class Training:
                 "optimizer": optimizer,
                 "lr_scheduler": self.scheduler,
                 "loss": self.loss,
+                "weight_average": self.average,
                 "preference_handler": self.preference,
                 "training_log": self.log,
                 "best_checkpoint": self.best,
@@ -469,20 +471,40 @@ def test_a_full_disk_leaves_the_file_of_before(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_more_epochs_have_the_learning_rate_of_a_new_training():
-    def schedule(epochs: int) -> PolynomialLR:
-        return PolynomialLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), total_iters=epochs, power=0.9)
+def schedule(epochs: int, warmup: int = 0) -> PolynomialLR:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    return PolynomialLR(optimizer, total_iters=epochs, power=0.9, warmup_iters=warmup)
 
-    done, resumed = schedule(2), schedule(4)
-    for _ in range(2):
-        done.optimizer.step()
-        done.step()
+
+def learning_rates(scheduler: PolynomialLR, steps: int) -> list[float]:
+    """That of each of the next steps, as the optimiser has it."""
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 20])
+def test_the_learning_rate_rises_in_the_warm_up_to_that_of_the_decay(warmup: int):
+    epochs = 10
+    expected = [0.5 * (1 - e / epochs) ** 0.9 * min(1, (e + 1) / (warmup + 1)) for e in range(epochs)]
+    assert learning_rates(schedule(epochs, warmup), epochs) == pytest.approx(expected)
+
+
+def test_without_a_warm_up_it_is_torchs_to_the_last_bit():
+    theirs = torch.optim.lr_scheduler.PolynomialLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), 10, 0.9)
+    assert learning_rates(schedule(10), 10) == learning_rates(theirs, 10)
+
+
+@pytest.mark.parametrize(("warmup", "factor"), [(0, 1.0), (3, 3 / 4)])
+def test_more_epochs_have_the_learning_rate_of_a_new_training(warmup: int, factor: float):
+    done, resumed = schedule(2, warmup), schedule(4, warmup)
+    learning_rates(done, 2)
     resumed.optimizer.load_state_dict(done.optimizer.state_dict())
     resumed.load_state_dict(done.state_dict())
-    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**0.9)
-    resumed.optimizer.step()
-    resumed.step()
-    assert resumed.get_last_lr() == [pytest.approx(0.5 * 0.25**0.9)]
+    assert learning_rates(resumed, 2) == pytest.approx([0.5 * 0.5**0.9 * factor, 0.5 * 0.25**0.9])
 
 
 def test_the_scale_of_gradients_goes_on(tmp_path: Path):

@@ -8,6 +8,7 @@ PDT and ModDrop draw anew for each sample and iteration (:class:`RandMaskModalit
 
 from __future__ import annotations
 
+from passion_monai.transforms.augmentation import NNUNetIntensitiesd, NNUNetSpatiald, RandForegroundCropd
 from passion_monai.transforms.grid import AlignModalitiesd, CropToForegroundd, SelectSliced
 from passion_monai.transforms.labels import LabelsToClassesd
 from passion_monai.transforms.loading import LoadCased
@@ -28,6 +29,9 @@ __all__ = [
     "LabelsToClassesd",
     "LoadCased",
     "MaskModalitiesd",
+    "NNUNetIntensitiesd",
+    "NNUNetSpatiald",
+    "RandForegroundCropd",
     "RandMaskModalitiesd",
     "ReplaceSmallClassesd",
     "RestoreClassesd",

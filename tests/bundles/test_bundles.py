@@ -26,6 +26,9 @@ from passion_monai.networks import BACKBONES
 from passion_monai.presence import missing_rates
 
 WORKFLOW_TYPES = {"train": "train", "evaluate": "infer", "inference": "infer"}
+CONFIGS = sorted({path.stem for path in Path(__file__).parents[2].glob("bundles/*/configs/*.yaml")})
+# Overlays of a training, but for those that need weights or several processes before they can be looked at.
+RECIPES = sorted({*CONFIGS} - {*WORKFLOW_TYPES, "calibrate", "finetune", "multi_gpu_train"})
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -55,6 +58,10 @@ class TestTraining:
             "seed": 0,
             "objective": "passion",
             "modality_dropout": False,
+            "foreground_crops": 0.0,
+            "augmentation": "paper",
+            "warmup_epochs": 0,
+            "ema_decay": 0.0,
             "lambda_pixel": 0.5,
             "lambda_prototype": 0.1,
             "use_task_mask": True,
@@ -216,7 +223,16 @@ class TestConfigurations:
         parsed.initialize()
         assert parsed.check_properties() == []
 
-    @pytest.mark.parametrize("workflow", [*WORKFLOW_TYPES, "finetune", "multi_gpu_train"])
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_a_recipe_has_the_properties_of_a_training(self, bundle: Any, recipe: str, tmp_path: Path):
+        """Its ids are all known, too, and what it sets is allowed."""
+        overrides = bundle.small | {"output_dir": str(tmp_path), "bundle_root": str(bundle.folder)}
+        files = [bundle.config(name) for name in ("train", recipe)]
+        parsed = ConfigWorkflow(files, workflow_type="train", logging_file=False, **overrides)
+        parsed.initialize()
+        assert parsed.check_properties() == []
+
+    @pytest.mark.parametrize("workflow", CONFIGS)
     def test_numbers_are_numbers(self, bundle: Any, workflow: str):
         """YAML reads 1e-4 as a text."""
 
@@ -244,6 +260,37 @@ class TestConfigurations:
         assert image["spatial_shape"] == workflow.parser.get_parsed_content("roi_size")
         network = workflow.parser.get_parsed_content("network_def").eval()
         assert (network.num_modalities, network.num_classes) == (image["num_channels"], pred["num_channels"])
+
+
+class TestStrongRecipe:
+    @pytest.mark.two_bundles
+    def test_trains_and_is_evaluated_with_the_average_of_the_weights(self, bundle: Any, tmp_path: Path):
+        bundle.succeed("train", "strong", output_dir=tmp_path, epochs=1, val_interval=1)
+        best, last = (torch.load(tmp_path / "models" / f"{name}.pt", weights_only=True) for name in ("model", "last"))
+        assert best.keys() == last["model"].keys()
+        assert all(torch.equal(value, last["weight_average"][name]) for name, value in best.items())
+        assert not all(torch.equal(value, last["model"][name]) for name, value in best.items())
+        record = json.loads((tmp_path / "run.json").read_text())
+        assert record.items() >= {"augmentation": "nnunet", "modality_dropout": True, "ema_decay": 0.999}.items()
+        assert (record["foreground_crops"] > 0) == (bundle.dataset == "brats")
+        bundle.succeed("evaluate", output_dir=tmp_path, calibration=False)
+        assert read_csv(tmp_path / "evaluation" / "scores.csv")
+
+    @pytest.mark.parametrize(
+        ("part", "message"),
+        [
+            ({"augmentation": "nnU-Net"}, "augmentation must be one of ['paper', 'nnunet'], got 'nnU-Net'"),
+            ({"foreground_crops": 1.5}, "foreground_crops must be a number of at least 0 and below 1"),
+            ({"ema_decay": 1.0}, "ema_decay must be a number of at least 0 and below 1"),
+            ({"warmup_epochs": -1}, "warmup_epochs must be a whole number of at least 0"),
+        ],
+    )
+    def test_a_part_that_is_out_of_range_is_refused(
+        self, one_bundle: Any, part: dict[str, Any], message: str, tmp_path: Path
+    ):
+        result = one_bundle.run("train", "strong", output_dir=tmp_path, **part)
+        assert result.returncode != 0
+        assert message in result.stderr
 
 
 def test_files_are_what_their_fragments_make(one_bundle: Any):
