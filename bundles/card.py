@@ -74,7 +74,7 @@ def hub_card(facts: Mapping[str, Any]) -> str:
     }
     usage = (
         "```bash\n"
-        f"pip install passion-monai\n"
+        "# with the package passion-monai installed\n"
         f"python -m monai.bundle run --config_file {name}/configs/inference.yaml --dataset_dir <folder of patients>\n"
         "```"
     )

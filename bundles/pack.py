@@ -98,6 +98,7 @@ def write_hub_folder(source: Path) -> Path:
         (target / path).parent.mkdir(exist_ok=True)
         shutil.copy(source / path, target / path)
     state = torch.load(weights, map_location="cpu", weights_only=True)
+    state = {name: value.contiguous() for name, value in state.items()}  # not those of a network in channels-last
     save_file(state, weights_file := target / "models" / "model.safetensors", metadata=hub_metadata(facts))
     weights_file.chmod(0o644)
     (target / "README.md").write_text(hub_card(facts), encoding="utf-8")

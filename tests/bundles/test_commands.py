@@ -218,7 +218,7 @@ def test_packing_without_weights_says_what_to_do(
 def make_run(folder: Path, seed: int, cases: Sequence[str]) -> Path:
     """What is left of a training with an evaluation, as far as weights for everybody are made of it."""
     (folder / "models").mkdir(parents=True)
-    torch.save({"weight": torch.arange(3.0)}, folder / "models" / "model.pt")
+    torch.save({"weight": torch.arange(6.0).view(2, 3).T}, folder / "models" / "model.pt")
     (folder / "evaluation").mkdir()
     settings = {
         "bundle": "brats_rfnet_passion",
@@ -299,9 +299,9 @@ def test_a_model_hub_gets_the_bundle_with_safetensors_that_say_what_they_are(
     assert "Baid" in metadata["citation"]
     assert "2 cases: 0a, 0b." in metadata["training_data"]
     network = torch.nn.Module()
-    network.register_buffer("weight", torch.zeros(3))
+    network.register_buffer("weight", torch.zeros(3, 2))
     load_weights(network, weights)
-    assert network.weight.tolist() == [0, 1, 2]
+    assert network.weight.tolist() == [[0, 3], [1, 4], [2, 5]]
     assert read_expected_scores(folder / "models" / "model.pt") is not None
     _, fields, card = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(fields)["license"] == "cc-by-4.0"
