@@ -54,9 +54,7 @@ def check_calibrated(*, calibrated: object, **shown: object) -> None:
     check_switches(calibrated=calibrated)
     for name, value in shown.items():
         if calibrated and not value:
-            raise ValueError(
-                f"calibrated True affects probabilities only, and {name} False does not use them; set {name} True."
-            )
+            raise ValueError(f"calibrated True has no effect with {name} False; set {name} True.")
 
 
 def check_flips(*, flip_test: object, flip_axes: Sequence[int]) -> None:

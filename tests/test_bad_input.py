@@ -621,7 +621,7 @@ LAYOUTS = (
     Bad(
         "without a sequence that the layout lacks",
         lambda _: {"layout": "bids", "without": ["pd"]},
-        r"--without is for .*'flair'.*, got \['pd'\]",
+        r"--without takes .*'flair'.*, got \['pd'\]",
     ),
 )
 
@@ -784,9 +784,7 @@ SETTINGS = (
         "multiples of 8, at least 16, got",
     ),
     Bad("a crop that is too small", lambda: RFNet(2, 2, 3, img_size=8), "multiples of 8, at least 16, got"),
-    Bad(
-        "a class without name", lambda: check_classes((0, 1, 2), ("a", "b"), {}), "label_values and class_names must be"
-    ),
+    Bad("a class without name", lambda: check_classes((0, 1, 2), ("a", "b"), {}), "must have the same length"),
     Bad(
         "one number for the label values", lambda: check_classes(3, ("a",), {}), "label_values must be a list .* got 3"
     ),

@@ -79,7 +79,7 @@ def test_flips_need_an_axis():
 def test_calibrated_probabilities_must_be_shown():
     check_calibrated(calibrated=False, save_probabilities=False)
     check_calibrated(calibrated=True, save_probabilities=True)
-    with pytest.raises(ValueError, match="give save_probabilities True too"):
+    with pytest.raises(ValueError, match="set save_probabilities True"):
         check_calibrated(calibrated=True, save_probabilities=False)
     with pytest.raises(ValueError, match="calibrated must be True or False"):
         check_calibrated(calibrated="true", save_probabilities=True)
