@@ -174,6 +174,7 @@ def bundle_facts(bundle: Path, *, phantom: bool = False) -> dict[str, Any]:
     if not phantom and (bundle / "weights.json").is_file():
         facts["weights"] = _json(bundle / "run.json") | _json(bundle / "weights.json")
         facts["expected"] = _json(bundle / "evaluation" / "expected_scores.json")
+        facts["roi_size"] = facts["weights"]["roi_size"]  # of evaluation, inference and export
     facts["method_reference"] = (
         "J. Shi et al., PASSION: Towards Effective Incomplete Multi-Modal Medical Image Segmentation with Imbalanced "
         "Missing Rates, ACM MM 2024, https://doi.org/10.1145/3664647.3681543"

@@ -335,7 +335,7 @@ def test_what_fails_says_what_and_is_resumed_exactly(
 
 def test_a_signal_is_said_and_what_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert run(tmp_path, FAULTS["within an epoch"](terminate)) == -signal.SIGTERM
-    assert "1 epochs and 2 iterations. The same command with --resume True goes on" in capfd.readouterr().err
+    assert "1 epochs and 2 iterations. The same command with --resume True continues" in capfd.readouterr().err
 
 
 def terminate_all() -> None:

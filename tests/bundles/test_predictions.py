@@ -87,7 +87,7 @@ def test_calibrated_probabilities(bundle: Bundle, checkpoints: list[str], tmp_pa
     settings |= {"ckpt_path": str(weights)}
     with pytest.raises(RuntimeError) as error:
         run(bundle, "inference", output_dir=str(tmp_path / "none"), calibrated=True, **settings)
-    assert "no temperatures at" in str(last_cause(error.value))
+    assert "no temperatures for calibration at" in str(last_cause(error.value))
 
     cohort = {"phantom::num_cases": 12}  # one of them for validation
     run(bundle, ["evaluate", "calibrate"], output_dir=str(folder), **cohort)
