@@ -94,7 +94,7 @@ dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
 check: lint type check-bundles test  ## All that a change must pass
 
 clean:  ## Remove .venv, caches and the demo's output
-	rm -rf $(VENV) $(VENV)-snakemake $(DEMO_OUTPUT) build dist docs/_build docs/reference/api *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-snakemake $(DEMO_OUTPUT) build dist docs/_build docs/jupyter_execute docs/reference/api *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch comes first and pinned: as a mere dependency, pip would take the newest build, with several GB of GPU libraries.
 $(VENV)/.torch: $(CONSTRAINTS)

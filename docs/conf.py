@@ -14,7 +14,7 @@ project = "passion-monai"
 copyright = "the passion-monai contributors"
 release = __version__
 extensions = [
-    "myst_parser",
+    "myst_nb",  # Markdown, and notebooks with the outputs that they were committed with
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
@@ -22,9 +22,11 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"passion-monai {release}"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+nb_execution_mode = "off"
 smartquotes = False  # which makes a dash of the -- of an option
 autodoc_typehints = "signature"
 autodoc_typehints_format = "fully-qualified"
