@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from ignite.engine import Engine
 from monai.apps.utils import extractall
 from monai.transforms import Compose, NormalizeIntensityd, Orientationd, Spacingd, SpatialPadd
+from safetensors.torch import save_file
 
 from passion_monai.config import (
     check_choices,
@@ -877,6 +879,36 @@ def test_bad_weights_are_refused_and_change_nothing(tmp_path: Path, bad: Bad):
         load_weights(network, path)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not (tmp_path / "ran").exists()
+
+
+def save_safetensors(path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in small().state_dict().items()}, path)
+
+
+def test_safetensors_are_read(tmp_path: Path):
+    save_safetensors(tmp_path / "model.safetensors")
+    network = small()
+    load_weights(network, tmp_path / "model.safetensors")
+    expected = read_state_dict(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: b"weights", lambda content: content[:-500]])
+def test_damaged_safetensors_are_refused_and_change_nothing(tmp_path: Path, damage: Callable[[bytes], bytes]):
+    path, network = tmp_path / "model.safetensors", small()
+    save_safetensors(path)
+    path.write_bytes(damage(path.read_bytes()))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read as tensors: it is damaged"):
+        load_weights(network, path)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_missing_package_is_not_taken_for_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_safetensors(tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="safetensors"):
+        load_weights(small(), tmp_path / "model.safetensors")
 
 
 def test_the_documentation_counts_them():

@@ -166,12 +166,9 @@ def read_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Ten
 def _read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}; train first, or give another file (ckpt_path).")
+    read = _safetensors_reader() if path.suffix == ".safetensors" else _read_pickle
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
+        return read(path)
     # A damaged file may make its readers fail in any way.
     except Exception as error:
         raise ValueError(
@@ -180,10 +177,14 @@ def _read_tensors(path: Path) -> Any:
         ) from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _safetensors_reader() -> Callable[[Path], dict[str, Tensor]]:
     from safetensors.torch import load_file  # which a training and an inference with our own files do without
 
-    return load_file(path)
+    return load_file
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
