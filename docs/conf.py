@@ -22,7 +22,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"passion-monai {release}"
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
