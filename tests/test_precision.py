@@ -7,7 +7,7 @@ from passion_monai.distillation import SelfDistillation
 from passion_monai.inferers import CombinationInferer, PresenceInferer
 from passion_monai.losses import PassionLoss
 from passion_monai.networks import BACKBONES, Backbone
-from passion_monai.precision import autocast
+from passion_monai.precision import autocast, check_precision
 
 SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32, "dropout_rate": 0},
@@ -61,3 +61,16 @@ def test_inference_in_bfloat16_gives_probabilities_in_float32(inferer: object):
 def test_another_precision_is_refused():
     with pytest.raises(ValueError, match=r"precision must be one of .*, got 'half'"):
         autocast(torch.device("cpu"), "half")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_precision_that_the_processor_imitates_is_warned_of(
+    supported: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    for precision in ("bfloat16", "float32"):
+        check_precision(precision, "cpu")
+    check_precision("bfloat16", "meta")
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == (
+        [] if supported else ["This processor has no bfloat16 arithmetic"]
+    )
