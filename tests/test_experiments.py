@@ -43,8 +43,6 @@ NAMES = {
     "both": "pixel + prototype",
     "both_delta": "pixel + prototype + δ",
     "pdt": "+ModDrop",
-    "baseline_longer": "Baseline",
-    "passion_longer": "PASSION",
     "segmentation": "without distillation",
     "lambda_0": "prototype + δ",
     "lambda_1_16": "PASSION (λ 0.03125, 0.1)",
