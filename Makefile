@@ -16,9 +16,10 @@ BUNDLE := bundles/brats_fusionunet_passion/configs
 BUNDLE_RUN := PYTHONWARNINGS='ignore:parsing config_file' $(BIN)/python -m monai.bundle run
 DEMO_OUTPUT := demo_output
 # Small enough for the CPU of a laptop; a real training takes the values in the configuration.
-DEMO := --output_dir $(DEMO_OUTPUT) --roi_size '[48,48,48]' --spacing '[4.0,4.0,4.0]' --num_workers 0 --network_def::width 8 \
-	--phantom::shape '[48,48,48]' --phantom::spacing '[4.0,4.0,4.0]'
-DEMO_TRAINING := --overwrite True --epochs 45 --val_interval 15 --learning_rate 3.0e-3 --batch_size 2
+DEMO := --output_dir $(DEMO_OUTPUT) --spacing '[3.0,3.0,3.0]' --num_workers 0 --network_def::width 8 \
+	--phantom::shape '[64,64,64]' --phantom::spacing '[3.0,3.0,3.0]'
+DEMO_TRAINING := --overwrite True --roi_size '[32,32,32]' --foreground_crops 0.5 --epochs 75 --val_interval 25 \
+	--learning_rate 3.0e-3 --batch_size 2
 
 # One file at a time on each of two cores: small tensors gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -16,7 +16,7 @@ from passion_monai.devices import send
 from passion_monai.networks.base import Backbone, find_presence
 from passion_monai.networks.checkpoints import WeightsLoader
 from passion_monai.precision import autocast
-from passion_monai.presence import combinations
+from passion_monai.presence import combinations, selected_combinations
 
 __all__ = ["CombinationInferer", "EnsembleInferer", "PresenceInferer"]
 
@@ -79,20 +79,22 @@ class CombinationInferer(PresenceInferer):
 
     Args:
         num_modalities: M.
+        selection: of the combinations, see :func:`passion_monai.presence.selected_combinations`.
         kwargs: those of :class:`PresenceInferer`.
 
     Shape:
         - inputs: [B, M, H, W(, D)]; presence: bool [B, M].
         - Output: [B, P, K, H, W(, D)], P = 2^M - 1 in the order of :func:`passion_monai.presence.combinations`;
-          NaN for a combination that needs a modality which the volume lacks.
+          NaN for a combination that needs a modality which the volume lacks, or that is not selected.
     """
 
-    def __init__(self, *, num_modalities: int, **kwargs: Any) -> None:
+    def __init__(self, *, num_modalities: int, selection: str = "all", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.combinations = torch.from_numpy(combinations(num_modalities))
+        self.selected = torch.from_numpy(selected_combinations(num_modalities, selection))
 
     def _infer_volume(self, volume: Tensor, network: Backbone, presence: Tensor) -> Tensor:
-        available = ~(self.combinations & ~presence).any(dim=1)
+        available = self.selected & ~(self.combinations & ~presence).any(dim=1)
         subsets = self.combinations[available, None]  # each [1, M]
 
         def predict(windows: Tensor) -> Tensor:

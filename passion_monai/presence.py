@@ -29,12 +29,14 @@ __all__ = [
     "missing_rates",
     "parse_combination",
     "read_presence",
+    "selected_combinations",
     "simulate_presence",
     "write_presence",
 ]
 
 BoolArray = NDArray[np.bool_]
 
+SELECTIONS = ("all", "single_and_complete")
 _MATRIX_NDIM = 2
 _SEPARATOR = "+"
 _CSV_MASK = re.compile(r"\[\s*(True|False)(\s*,\s*(True|False))*\s*\]")
@@ -67,6 +69,25 @@ def combinations(num_modalities: int) -> BoolArray:
     for row, subset in enumerate(subsets):
         presence[row, list(subset)] = True
     return presence
+
+
+def selected_combinations(num_modalities: int, selection: str = "all") -> BoolArray:
+    """Which of the :func:`combinations` are meant: all of them, or each modality alone and all modalities together.
+
+    Args:
+        num_modalities: M, at least 1.
+        selection: "all" or "single_and_complete".
+
+    Returns:
+        Boolean array ``[2^M - 1]``.
+
+    Raises:
+        ValueError: when ``num_modalities`` is below 1 or the selection is unknown.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}.")
+    counts = combinations(num_modalities).sum(axis=1)
+    return np.ones(len(counts), dtype=bool) if selection == "all" else np.isin(counts, (1, num_modalities))
 
 
 def combination_name(presence: ArrayLike, modalities: Sequence[str]) -> str:

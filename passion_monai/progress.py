@@ -22,6 +22,7 @@ __all__ = ["ProgressValues", "TrainingProgress", "score_table"]
 logger = logging.getLogger(__name__)
 
 _LOSS = "loss_"
+_LONG_SECONDS = 600  # of a validation; whose first case tells how to shorten it
 
 
 class ProgressValues:
@@ -57,7 +58,8 @@ class TrainingProgress:
     """Logs one line at the end of each epoch, and a small table of scores at the end of each validation.
 
     The line has the loss and its terms, means over samples and modalities, how long the epoch took with its validation,
-    and how long the others will take if they take as long as those so far.
+    and how long the others will take if they take as long as those so far. After the first case of the first
+    validation, a warning tells how long a validation takes, if it is long.
 
     Args:
         loss: the loss of the trainer, with an attribute `terms` (see :class:`passion_monai.losses.PassionLoss`).
@@ -76,11 +78,13 @@ class TrainingProgress:
         self.validator = validator
         self.metric = metric
         self._first_epoch = 0
-        self._started = self._last = 0.0
-        self._validated = False
+        self._started = self._last = self._validation_started = 0.0
+        self._validated = self._foretold = False
 
     def attach(self, engine: Engine) -> None:
         """Listen to a trainer."""
+        self.validator.add_event_handler(Events.STARTED, self._start_validation)
+        self.validator.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._foretell)
         self.validator.add_event_handler(Events.COMPLETED, self._note_validation)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._show)
@@ -88,6 +92,21 @@ class TrainingProgress:
     def _start(self, engine: Engine) -> None:
         self._first_epoch = engine.state.epoch  # not 0 in a resumed training
         self._started = self._last = time.monotonic()
+
+    def _start_validation(self) -> None:
+        self._validation_started = time.monotonic()
+
+    def _foretell(self, validator: Engine) -> None:
+        if self._foretold:
+            return
+        self._foretold = True
+        seconds, cases = time.monotonic() - self._validation_started, validator.state.epoch_length or 1
+        if seconds * cases > _LONG_SECONDS:
+            logger.warning(
+                f"The first of {cases} validation cases took {seconds:.0f} s: each validation takes about "
+                f"{_duration(seconds * cases)}. Shorter: --val_cases, --val_combinations single_and_complete, or a "
+                "larger --val_interval."
+            )
 
     def _note_validation(self) -> None:
         self._validated = True

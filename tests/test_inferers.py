@@ -67,6 +67,16 @@ def test_combinations_with_a_missing_modality_are_nan(network: MMFormer):
 
 
 @torch.no_grad()
+def test_a_selection_of_combinations_is_the_same_of_all(network: MMFormer):
+    image, presence = volumes(), torch.tensor([[True, True, True], [True, False, True]])
+    every = CombinationInferer(num_modalities=3, **WINDOWS)(image, network, presence)
+    some = CombinationInferer(num_modalities=3, selection="single_and_complete", **WINDOWS)(image, network, presence)
+    selected = torch.from_numpy(combinations(3).sum(axis=1) != 2)
+    torch.testing.assert_close(some[:, selected], every[:, selected], rtol=0, atol=0, equal_nan=True)
+    assert some[:, ~selected].isnan().all()
+
+
+@torch.no_grad()
 def test_windows_are_encoded_once(network: MMFormer, monkeypatch: pytest.MonkeyPatch):
     calls = []
     encode = network.encode

@@ -17,6 +17,7 @@ from passion_monai.presence import (
     missing_rates,
     parse_combination,
     read_presence,
+    selected_combinations,
     simulate_presence,
     write_presence,
 )
@@ -38,6 +39,13 @@ class TestCombinations:
         assert presence.shape == (2**num_modalities - 1, num_modalities)
         assert len(np.unique(presence, axis=0)) == len(presence)
         assert presence.any(axis=1).all()
+
+    def test_each_alone_and_all_together(self) -> None:
+        selected = combinations(3)[selected_combinations(3, "single_and_complete")]
+        assert selected.astype(int).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]
+        assert selected_combinations(3).tolist() == [True] * 7
+        with pytest.raises(ValueError, match=r"selection must be one of .*, got 'some'"):
+            selected_combinations(3, "some")
 
     def test_error_without_modalities(self) -> None:
         with pytest.raises(ValueError, match=r"num_modalities must be at least 1, got 0\."):

@@ -24,32 +24,36 @@ class Loss:
 
 
 class Clock:
-    """Half a minute passes between any two readings."""
+    """Stands still but for `pass_by`."""
 
     seconds = 0.0
 
     def monotonic(self) -> float:
-        self.seconds += 30
         return self.seconds
+
+    def pass_by(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    """Messages of a training of four epochs, validated after the third, from a given epoch on."""
+    """Messages of a training of four epochs of 30 s, validated after the third, from a given epoch on."""
 
-    def run(first: int = 0) -> list[str]:
-        monkeypatch.setattr(progress, "time", Clock())
-        metric, validator = CombinationDiceMetric(REGIONS), Engine(lambda *_: None)
+    def run(first: int = 0, cases: int = 1, case_seconds: float = 0) -> list[str]:
+        clock = Clock()
+        monkeypatch.setattr(progress, "time", clock)
+        metric, validator = CombinationDiceMetric(REGIONS), Engine(lambda *_: clock.pass_by(case_seconds))
         trainer = Engine(lambda *_: None)
 
         @trainer.on(Events.EPOCH_COMPLETED)
         def end_epoch(engine: Engine) -> None:
+            clock.pass_by(30)
             engine.state.metrics = {"loss": 2.5, "loss_segmentation": 2.0, "loss_pixel_a": 0.1, "loss_pixel_b": 0.4}
             engine.state.metrics["loss_pixel_b"] *= float("nan") if engine.state.epoch == 4 else 1
             if engine.state.epoch == 3:
                 metric.reset()
                 metric([torch.tensor([[[1, 2]], [[0, 2]], [[-1, -1]]])], [torch.tensor([[[1, 2]]])])
-                validator.run([0])
+                validator.run([0] * cases)
 
         TrainingProgress(Loss(), MODALITIES, validator=validator, metric=metric).attach(trainer)
         caplog.clear()
@@ -86,6 +90,16 @@ def test_a_validation_is_a_table_after_its_epoch(lines: Any):
         "2 of 2        -       -       -",
         "mean       83.3   100.0    91.7",
     ]
+
+
+def test_a_validation_of_hours_is_foretold_after_its_first_case(lines: Any):
+    said = lines(cases=40, case_seconds=30)
+    assert said[2] == (
+        "The first of 40 validation cases took 30 s: each validation takes about 0:20:00. Shorter: --val_cases, "
+        "--val_combinations single_and_complete, or a larger --val_interval."
+    )
+    assert sum("validation cases" in line for line in said) == 1
+    assert not any("validation cases" in line for line in lines(cases=20, case_seconds=30))
 
 
 def test_the_table_is_a_slow_mean():

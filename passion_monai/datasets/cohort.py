@@ -128,15 +128,21 @@ def training_cases(
     return _expand_slices(cases, modalities) if slices else cases
 
 
-def validation_cases(datalist: str, *, modalities: Sequence[str], root: str | None = None) -> list[Case]:
+def validation_cases(
+    datalist: str, *, modalities: Sequence[str], root: str | None = None, count: int | None = None
+) -> list[Case]:
     """The validation cases; none if the datalist's split has none, as for MyoPS. Training then skips validation.
 
-    The arguments are those of :func:`training_cases`.
+    Args:
+        datalist: path of the datalist.
+        modalities: names of the M modalities.
+        root: folder that the datalist's paths are relative to, where it is no longer the one in the file.
+        count: how many of them, the first in the datalist; None for all.
     """
     if not read_json(datalist).get("validation"):
         logger.warning(f"{datalist} has no validation cases: the weights of the last epoch are kept, not the best.")
         return []
-    return read_datalist(datalist, "validation", modalities=modalities, root=root)
+    return read_datalist(datalist, "validation", modalities=modalities, root=root)[:count]
 
 
 def inference_cases(

@@ -158,6 +158,17 @@ class TestSlices:
     def test_validation_cases_are_read_where_there_are_some(self, run_dir: Path):
         assert len(validation_cases(str(run_dir / "datalist.json"), modalities=MODALITIES)) == 1
 
+    @pytest.mark.parametrize("count", [1, 2, None])
+    def test_validation_may_be_of_the_first_cases_only(self, run_dir: Path, tmp_path: Path, count: int | None):
+        content = json.loads((run_dir / "datalist.json").read_text())
+        content["validation"] += content["training"]
+        content["training"] = []
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        cases = validation_cases(str(tmp_path / "list.json"), modalities=MODALITIES, count=count)
+        expected = [entry["case"] for entry in content["validation"]]
+        assert len(expected) > 2
+        assert [case["case"] for case in cases] == expected[:count]
+
 
 class TestInferenceCases:
     def cases(self, **changed: Any) -> list[dict[str, Any]]:
