@@ -22,6 +22,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"passion-monai {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 myst_heading_anchors = 3

@@ -12,13 +12,13 @@ LINE = re.compile(r"(?P<id>[A-Za-z_]+):(?: (?P<default>[^#\s].*?))??(?: # (?P<co
 
 
 def settings(config: str) -> Iterator[tuple[str, str, str]]:
-    """Id, default and comment of all that stands between the headings "Settings" and "Pipeline"."""
+    """Id, comment and default of all that stands between the headings "Settings" and "Pipeline"."""
     above: list[str] = []
     for line in config.split(" Settings ")[1].split(" Pipeline ")[0].splitlines():
         if line.startswith("# ") and "----" not in line:
             above.append(line.removeprefix("# "))
         elif match := LINE.fullmatch(line):
-            yield match["id"], match["default"] or "", " ".join([*above, match["comment"] or ""]).strip()
+            yield match["id"], " ".join([*above, match["comment"] or ""]).strip(), match["default"] or ""
             above = []
         elif not line.startswith(" "):
             above = []
@@ -27,9 +27,9 @@ def settings(config: str) -> Iterator[tuple[str, str, str]]:
 def table(bundle: str, workflow: str) -> str:
     """The settings of a bundle's workflow, as Markdown."""
     config = (BUNDLES / bundle / "configs" / f"{workflow}.yaml").read_text(encoding="utf-8")
-    rows = ["| id | default | |", "|---|---|---|"]
-    for name, default, comment in settings(config):
-        cells = (f"`{name}`", f"`{default}`" if default else "", comment)
+    rows = ["| id | | default |", "|---|---|---|"]
+    for name, comment, default in settings(config):
+        cells = (f"`{name}`", comment, f"`{default}`" if default else "")
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows)
 

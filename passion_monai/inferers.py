@@ -78,7 +78,7 @@ class CombinationInferer(PresenceInferer):
     """Class probabilities of whole volumes for many modality combinations, each window being encoded once.
 
     Args:
-        num_modalities: M.
+        num_modalities: number M of modalities.
         selection: of the combinations, see :func:`passion_monai.presence.selected_combinations`.
         kwargs: those of :class:`PresenceInferer`.
 

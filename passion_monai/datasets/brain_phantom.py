@@ -1,9 +1,9 @@
 """Simulates a PHANTOM of a brain with a tumour, in the modalities of BraTS: not a patient.
 
-The anatomy is the MNI152 template (Fonov et al., NeuroImage 54(1), 2011, doi 10.1016/j.neuroimage.2010.07.033), whose
-tissue maps come with the nilearn package; every case is a new random deformation of it with a simulated glioma. The
-four contrasts follow from the spin echo and inversion recovery equations, so each modality shows what it shows in
-life: edema in FLAIR and T2, enhancement only in T1ce, necrosis dark in T1 and bright in T2.
+The anatomy is the MNI152 template (Fonov et al., NeuroImage 54(1), 2011, doi 10.1016/j.neuroimage.2010.07.033); the
+nilearn package contains its tissue maps. Each case is a new random deformation of it with a simulated glioma. The spin
+echo and inversion recovery equations give the four contrasts, so each modality shows the same as in patients: edema in
+FLAIR and T2, enhancement only in T1ce, necrosis dark in T1 and bright in T2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NON_ENHANCING_RATE = 0.1
 
 @dataclass(frozen=True)
 class PulseSequence:
-    """Ranges of repetition and echo time in ms, from which every scan draws its own."""
+    """Ranges of repetition and echo time in ms; each scan draws its own values."""
 
     repetition_ms: tuple[float, float]
     echo_ms: tuple[float, float]
@@ -60,7 +60,7 @@ SEQUENCES: Mapping[str, PulseSequence] = {
 
 @dataclass(frozen=True)
 class _Template:
-    """MNI152 at 1 mm: the brain, where tumours may start, fractions of CSF, grey and white matter [3, X, Y, Z]."""
+    """MNI152 at 1 mm: brain mask, possible tumour sites, fractions of CSF, grey and white matter [3, X, Y, Z]."""
 
     brain: Floats
     site: Floats
@@ -80,18 +80,18 @@ def _template() -> _Template:
         from nilearn import datasets
     except ImportError as error:
         raise ImportError('The phantom needs the MNI152 maps of nilearn: pip install "passion-monai[demo]"') from error
-    # These three loaders read files inside nilearn's wheel; nothing is downloaded.
+    # These three loaders read files of nilearn's wheel and download nothing.
     image = datasets.load_mni152_template(resolution=1)
     grey = datasets.load_mni152_gm_template(resolution=1).get_fdata(dtype=np.float32)
     white = datasets.load_mni152_wm_template(resolution=1).get_fdata(dtype=np.float32)
     head = image.get_fdata(dtype=np.float32) > 0
     tissues = np.stack([head * np.clip(1 - grey - white, 0, 1), grey, white])
-    # The maps are averages over people and blurred: unsharp masking brings the cortical folds back.
+    # The maps are blurred averages over people; unsharp masking restores the cortical folds.
     tissues = np.clip(2.2 * tissues - 1.2 * ndimage.gaussian_filter(tissues, (0, 1.5, 1.5, 1.5)), 0, 1)
     origin = image.affine[:3, 3].astype(np.float32)
-    solid = head & (ndimage.gaussian_filter(tissues[0], 2) < 0.4)  # noqa: PLR2004 (sulci stay, ventricles go)
+    solid = head & (ndimage.gaussian_filter(tissues[0], 2) < 0.4)  # noqa: PLR2004 (keeps sulci, removes ventricles)
     site = _tumour_sites(solid, white, origin)
-    # The outermost millimetre is CSF all around, which skull stripping removes.
+    # The outermost millimetre is all CSF; skull stripping removes it.
     brain = ndimage.binary_erosion(head).astype(np.float32)
     return _Template(brain, site, tissues, origin)
 
@@ -99,9 +99,9 @@ def _template() -> _Template:
 def _tumour_sites(
     solid: NDArray[np.bool_], white: Floats, origin: Floats, *, margin_mm: float = 12, min_white: float = 0.6
 ) -> Floats:
-    """Supratentorial white matter away from surface and ventricles: above z = 5 mm, and the temporal lobes."""
+    """Supratentorial white matter far from surface and ventricles: above z = 5 mm, and in the temporal lobes."""
     x, y, z = np.indices(solid.shape, dtype=np.float32) + origin[:, None, None, None]
-    above, temporal = z - 5, np.minimum.reduce([abs(x) - 25, y + 25, z + 20])  # both are positive inside
+    above, temporal = z - 5, np.minimum.reduce([abs(x) - 25, y + 25, z + 20])  # both distances are positive inside
     deep = ndimage.distance_transform_edt(solid) > margin_mm
     site: Floats = (deep & (white > min_white) & (np.maximum(above, temporal) > 0)).astype(np.float32)
     return site
@@ -110,21 +110,21 @@ def _tumour_sites(
 def brain_phantom(
     shape: Sequence[int], spacing: Sequence[float], seed: int | Sequence[int]
 ) -> tuple[dict[str, NDArray[np.int16]], NDArray[np.uint8]]:
-    """Simulates one PHANTOM case: four modalities of a brain with a glioma, and its label.
+    """Simulates one PHANTOM case: four modalities of a brain with a glioma, and the label.
 
-    A field of view smaller than a head cuts the head, as a scanner would, and has a smaller tumour.
+    A field of view smaller than the head cuts it, as in a scanner; the tumour is then smaller too.
 
     Args:
         shape: number of voxels X, Y, Z.
         spacing: voxel size in mm.
-        seed: one integer or several; equal seeds give equal cases.
+        seed: one or several integers; equal seeds give equal cases.
 
     Returns:
-        The images by modality name, int16 [X, Y, Z], 0 outside the brain and at least 1 inside, in LPS orientation;
-        and the label, uint8 [X, Y, Z]: 0 background, 1 necrotic and non-enhancing core, 2 edema, 4 enhancing tumour.
+        Images by modality name, int16 [X, Y, Z], in LPS orientation, 0 outside the brain and at least 1 inside; and
+        the label, uint8 [X, Y, Z]: 0 background, 1 necrotic and non-enhancing core, 2 edema, 4 enhancing tumour.
 
     Raises:
-        ImportError: nilearn, whose wheel carries the anatomy, is not installed.
+        ImportError: nilearn, which contains the anatomy, is not installed.
     """
     rng = np.random.default_rng(seed)
     grid = Grid(shape, spacing, rng)
@@ -152,7 +152,7 @@ def brain_phantom(
 
 
 def _world_points(grid: Grid) -> Floats:
-    """Right-anterior-superior millimetres [3, X, Y, Z] of the voxels of a grid in LPS order, 0 at the centre."""
+    """Positions of the voxels of an LPS grid in RAS millimetres [3, X, Y, Z]; the centre is 0."""
     centred = [
         sign * step * (np.arange(size, dtype=np.float32) - (size - 1) / 2)
         for sign, step, size in zip((-1, -1, 1), grid.spacing, grid.shape, strict=True)
@@ -161,7 +161,7 @@ def _world_points(grid: Grid) -> Floats:
 
 
 def _deform(world: Floats, grid: Grid) -> Floats:
-    """Maps millimetres of the case to millimetres of the template: pose and size of the head, then its own shape."""
+    """Maps positions in the case to the template, in mm: pose and size of the head, then its individual shape."""
     turn = Rotation.from_euler("xyz", grid.rng.normal(0, 4, 3), degrees=True).as_matrix()
     size = grid.rng.normal(0.94, 0.03, 3)  # MNI152 is larger than most heads
     middle = np.array([0, -17, 5]) + grid.rng.normal(0, 2, 3)  # of the template's brain
@@ -174,7 +174,7 @@ def _deform(world: Floats, grid: Grid) -> Floats:
 
 
 def _push_aside(points: Floats, centre: Floats, width_mm: float, *, rng: np.random.Generator) -> Floats:
-    """Mass effect: the anatomy around ``centre`` [3, 1] makes room for the tumour."""
+    """Mass effect: pushes the anatomy around ``centre`` [3, 1] away from the tumour."""
     offset = points - centre
     squared = (offset**2).sum(0) / width_mm**2
     pushed: Floats = centre + offset * (1 - rng.uniform(0.2, 0.45) * np.exp(-squared))
@@ -182,11 +182,11 @@ def _push_aside(points: Floats, centre: Floats, width_mm: float, *, rng: np.rand
 
 
 def _healthy_tissues(template: _Template, points: Floats, grid: Grid) -> Floats:
-    """Fractions of CSF, grey and white matter [3, voxels]: one individual drawn from the template's averages."""
+    """Fractions of CSF, grey and white matter [3, voxels] of one individual, drawn from the template's averages."""
     fractions = np.stack([template.sample(tissue, points) for tissue in template.tissues])
     fractions *= np.exp(0.45 * np.stack([grid.noise(3) for _ in fractions]))
     fractions[0] *= 2.2  # the averages have lost most of the CSF in the sulci
-    fractions = np.clip(fractions, 1e-3, None) ** 3  # sharpens: a voxel of an individual has mostly one tissue
+    fractions = np.clip(fractions, 1e-3, None) ** 3  # sharpens the maps: most voxels of an individual have one tissue
     healthy: Floats = fractions / fractions.sum(0)
     return healthy
 
@@ -194,9 +194,9 @@ def _healthy_tissues(template: _Template, points: Floats, grid: Grid) -> Floats:
 def _core_depth(
     offset: Floats, healthy: Floats, grid: Grid, *, radius: float, volume_ml: float, barrier: Floats
 ) -> Floats:
-    """How deep in mm a voxel lies in the tumour core, negative outside: a ragged ellipsoid of the given volume.
+    """Depth of each voxel in the tumour core in mm, negative outside: a ragged ellipsoid of the given volume.
 
-    ``offset`` [3, voxels] is the position from the centre in mm; ``barrier`` is 1 in the other hemisphere, 0 in this.
+    ``offset`` [3, voxels] is the position relative to the centre in mm; ``barrier`` is 1 in the opposite hemisphere.
     """
     axes = np.exp(grid.rng.normal(0, 0.15, (3, 1))).astype(np.float32)
     distance = np.linalg.norm(offset * axes, axis=0)
@@ -207,9 +207,9 @@ def _core_depth(
 
 
 def _edema_reach(depth: Floats, healthy: Floats, grid: Grid, *, volume_ml: float, barrier: Floats) -> Floats:
-    """How far in mm inside the whole tumour a voxel lies, negative outside: edema runs along the white matter.
+    """Depth of each voxel in the whole tumour in mm, negative outside: edema spreads along the white matter.
 
-    The core is inside; together they have about the given volume.
+    The whole tumour includes the core; its volume is about the given one.
     """
     csf, grey, _ = healthy
     resistance = np.maximum(-depth, 0) + 12 * grey + 60 * csf + 25 * barrier
@@ -223,9 +223,9 @@ def _edema_reach(depth: Floats, healthy: Floats, grid: Grid, *, volume_ml: float
 
 
 def _paint(healthy: Floats, depth: Floats, reach: Floats, grid: Grid) -> tuple[Floats, NDArray[np.uint8]]:
-    """The fractions of all tissues [tissues, voxels] and the label [voxels].
+    """Fractions of all tissues [tissues, voxels], and the label [voxels].
 
-    The tissues pass into one another (partial volume, edema that thins out); the label is where the borders lie.
+    The tissues blend at their borders (partial volume, edema that thins out); the label changes at the borders.
     """
     rim = grid.rng.uniform(2.5, 6) * (1 + 0.6 * grid.noise(8)) + grid.noise(3)
     if grid.rng.random() < NON_ENHANCING_RATE:
@@ -241,15 +241,15 @@ def _paint(healthy: Floats, depth: Floats, reach: Floats, grid: Grid) -> tuple[F
     edema = (1 - core) * expit(reach / (border_mm + 0.7)) * water
     rest = 1 - core - edema
     csf, grey, white = healthy * rest
-    # What is no tumour and looks like one: vessels in T1ce, age-related white matter lesions in FLAIR.
-    vessel = csf * np.exp(-(grid.noise(10) ** 2 + grid.noise(10) ** 2) / 0.3)  # two surfaces meet in a line
+    # Looks like a tumour but is not: vessels in T1ce, age-related white matter lesions in FLAIR.
+    vessel = csf * np.exp(-(grid.noise(10) ** 2 + grid.noise(10) ** 2) / 0.3)  # two surfaces intersect in a line
     lesion = 0.5 * white * np.clip(grid.noise(5) - grid.rng.uniform(1.6, 2.4), 0, 1)
     fractions = [csf - vessel, grey, white - lesion, vessel, edema + lesion, enhancing, core - enhancing]
     return np.stack(fractions).astype(np.float32), label.astype(np.uint8)  # in the order of TISSUES
 
 
 def _relaxation_times(rng: np.random.Generator) -> Floats:
-    """T1 and T2 in ms of every tissue of one case [2, tissues]."""
+    """T1 and T2 of each tissue of one case in ms [2, tissues]."""
     mean = np.array([(tissue.t1_ms, tissue.t2_ms) for tissue in TISSUES.values()]).T
     variation = [tissue.variation for tissue in TISSUES.values()]
     times: Floats = (mean * np.exp(rng.normal(0, variation, mean.shape))).astype(np.float32)
@@ -257,11 +257,11 @@ def _relaxation_times(rng: np.random.Generator) -> Floats:
 
 
 def _signals(sequence: PulseSequence, times: Floats, rng: np.random.Generator) -> Floats:
-    """The signal of every tissue.
+    """Signal of each tissue.
 
     Spin echo:           signal = density * (1 - exp(-TR / T1)) * exp(-TE / T2)
     Inversion recovery:  signal = density * |1 - 2 exp(-TI / T1) + exp(-TR / T1)| * exp(-TE / T2),
-                         TI = T1csf * log(2 / (1 + exp(-TR / T1csf))), at which average CSF has no signal.
+                         TI = T1csf * log(2 / (1 + exp(-TR / T1csf))), which nulls the average CSF.
     Contrast agent:      1 / T1 rises by relaxivity * concentration.
     """
     repetition, echo = rng.uniform(*sequence.repetition_ms), rng.uniform(*sequence.echo_ms)
@@ -279,7 +279,7 @@ def _signals(sequence: PulseSequence, times: Floats, rng: np.random.Generator) -
 
 
 def _acquire(sequence: PulseSequence, times: Floats, fractions: Floats, *, grid: Grid) -> NDArray[np.int16]:
-    """One scan: signals, texture, bias field, slice profile, Rician noise and the scanner's gain."""
+    """Simulates one scan: signals, texture, bias field, slice profile, Rician noise and gain."""
     rng, signals = grid.rng, _signals(sequence, times, grid.rng)
     white = float(signals[list(TISSUES).index("white")])
     variation = np.array([tissue.variation for tissue in TISSUES.values()], np.float32)

@@ -1,9 +1,9 @@
 """Simulates a PHANTOM of a heart with an infarct, in the modalities of MyoPS: not a patient.
 
-A short-axis stack is drawn from base to apex: left ventricle with papillary muscles, the crescent of the right
-ventricle, epicardial fat, and around them chest wall, lung and liver. Edema fills the wall in the territory of a
-coronary artery, a scar grows in it from the inside. The three contrasts follow from the signal equations, so each
-modality shows what it shows in life: bSSFP bright blood and the borders of the muscle, LGE the scar against nulled
+The phantom is a short-axis stack from base to apex: left ventricle with papillary muscles, crescent-shaped right
+ventricle, epicardial fat, and around them chest wall, lung and liver. Edema fills the wall in the territory of one
+coronary artery; the scar inside it starts at the cavity. The signal equations give the three contrasts, so each
+modality shows the same as in patients: bSSFP bright blood and the borders of the muscle, LGE the scar against nulled
 muscle, T2 edema with dark blood.
 """
 
@@ -22,8 +22,8 @@ __all__ = ["cardiac_phantom", "draw_slices"]
 
 # At 1.5 T. Blood: Stanisz et al., MRM 54(3), 2005. Myocardium and edema, T1: Ugander et al., JACC Cardiovascular
 # Imaging 5(6), 2012; T2: Giri et al., JCMR 11:56, 2009 (52 and 69 ms). Fat, liver, muscle: de Bazelaire et al.,
-# Radiology 230(3), 2004. Contrast agent a quarter of an hour after the injection, in proportion to the extracellular
-# volume: blood 0.57, muscle 0.27, scar 0.55 (Ugander et al., European Heart Journal 33(10), 2012).
+# Radiology 230(3), 2004. Contrast agent 15 minutes after the injection, in proportion to the extracellular volume:
+# blood 0.57, muscle 0.27, scar 0.55 (Ugander et al., European Heart Journal 33(10), 2012).
 TISSUES: Mapping[str, Tissue] = {
     "air": Tissue(1000, 50, 0.0),
     "fat": Tissue(343, 58, 0.9, contrast_agent_mmol=0.03),
@@ -38,13 +38,13 @@ TISSUES: Mapping[str, Tissue] = {
 NORMAL, LEFT_BLOOD, RIGHT_BLOOD, EDEMA, SCAR = 200, 500, 600, 1220, 2221  # label values of MyoPS
 MIN_SLICES = 3
 NO_SCAR_RATE = 0.15
-# Middle of the territory in degrees, counted from the patient's left towards anterior: left anterior descending, left
+# Middle of each territory in degrees, counted from the patient's left towards anterior: left anterior descending, left
 # circumflex and right coronary artery (Cerqueira et al., Circulation 105(4), 2002).
 TERRITORIES = (105.0, 0.0, 250.0)
 
 
 def draw_slices(shape: Sequence[int], seed: int | Sequence[int]) -> tuple[int, ...]:
-    """The shape of one case, whose number of slices is drawn from 3 to the third entry of `shape`."""
+    """The shape of one case; its number of slices is drawn from 3 to the third entry of `shape`."""
     most = int(shape[2])
     slices = np.random.default_rng(seed).integers(min(MIN_SLICES, most), most, endpoint=True)
     return (int(shape[0]), int(shape[1]), int(slices))
@@ -52,7 +52,7 @@ def draw_slices(shape: Sequence[int], seed: int | Sequence[int]) -> tuple[int, .
 
 @dataclass(frozen=True)
 class _Heart:
-    """Signed distances in mm from the borders of one heart's parts, positive inside, each an array of voxels."""
+    """Signed distances of the voxels from the borders of one heart's parts in mm, positive inside."""
 
     left_blood: Floats
     left_outside: Floats
@@ -66,16 +66,16 @@ class _Heart:
 def cardiac_phantom(
     shape: Sequence[int], spacing: Sequence[float], seed: int | Sequence[int]
 ) -> tuple[dict[str, NDArray[np.int16]], NDArray[np.uint16]]:
-    """Simulates one PHANTOM case: three modalities of a heart with an infarct, and its label.
+    """Simulates one PHANTOM case: three modalities of a heart with an infarct, and the label.
 
     Args:
-        shape: number of voxels X, Y and of slices, from base to apex.
-        spacing: pixel size and distance of the slices in mm.
-        seed: one integer or several; equal seeds give equal cases.
+        shape: number of voxels X, Y, and of slices from base to apex.
+        spacing: pixel size and distance between slices in mm.
+        seed: one or several integers; equal seeds give equal cases.
 
     Returns:
-        The images by modality name, int16 [X, Y, Z], at least 1, patient's left at the end of X and posterior at the
-        end of Y; and the label, uint16 [X, Y, Z]: 0 background, 200 normal myocardium, 500 and 600 left and right
+        Images by modality name, int16 [X, Y, Z], at least 1; X ends at the patient's left, Y at posterior. And the
+        label, uint16 [X, Y, Z]: 0 background, 200 normal myocardium, 500 and 600 left and right
         ventricular blood pool, 1220 edema, 2221 scar.
     """
     rng = np.random.default_rng(seed)
@@ -84,11 +84,11 @@ def cardiac_phantom(
     heart = _draw_heart(x, y, depth, grid)
     fractions = _paint(heart, x, y, grid)
     times = _relaxation_times(rng)
-    coil = np.exp(-0.004 * y + rng.uniform(0.05, 0.2) * grid.noise(60))  # the receivers lie on the chest
+    coil = np.exp(-0.004 * y + rng.uniform(0.05, 0.2) * grid.noise(60))  # the receiver coils lie on the chest
     images = {}
     for name, signals in _signals(times, rng).items():
         texture = 1 + (np.array([tissue.variation for tissue in TISSUES.values()]) @ fractions) * grid.noise(3)
-        # Relative to this the noise of the scan is measured.
+        # The noise of the scan is relative to this.
         level = max(signals["myocardium"], 0.5 * signals["blood"], 0.5 * signals["scar"])
         image = (np.array([signals[tissue] for tissue in TISSUES]) @ fractions) * coil * texture
         images[name] = grid.volume(receive(image.astype(np.float32), 2 * level, rng))
@@ -96,7 +96,7 @@ def cardiac_phantom(
 
 
 def _positions(grid: Grid) -> tuple[Floats, Floats, Floats]:
-    """Millimetres from the middle towards the patient's left and posterior, warped; and depth from base 0 to apex 1."""
+    """Warped positions in mm, from the middle to the patient's left and posterior; and depth, base 0 to apex 1."""
     sides = [step * (np.arange(size) - (size - 1) / 2) for step, size in zip(grid.spacing, grid.shape, strict=True)]
     x, y, _ = (axis.ravel().astype(np.float32) for axis in np.meshgrid(*sides, indexing="ij"))
     for axis in (x, y):
@@ -119,7 +119,7 @@ def _draw_heart(x: Floats, y: Floats, depth: Floats, grid: Grid) -> _Heart:
     wall = rng.uniform(7.5, 11) * (1 - 0.2 * depth) + 0.8 * grid.noise(15)
     left_blood, left_outside = cavity - radius, cavity + wall - radius
 
-    # An ellipse behind the septum, out of which the left ventricle is cut.
+    # An ellipse behind the septum, minus the left ventricle.
     size = (cavity + wall) * rng.uniform(0.95, 1.1)
     across = (u + 0.95 * size) / (1.05 * (1 - 0.35 * depth))
     along = v / (1.4 * (1 - 0.4 * depth))
@@ -140,13 +140,13 @@ def _draw_heart(x: Floats, y: Floats, depth: Floats, grid: Grid) -> _Heart:
 def _draw_infarct(
     angle: Floats, above_cavity: Floats, wall: Floats, depth: Floats, *, grid: Grid
 ) -> tuple[Floats, Floats]:
-    """How far in mm a voxel lies inside edema and scar: sectors of the wall, the scar's growing from the cavity."""
+    """Depth of each voxel in edema and scar in mm: sectors of the wall; the scar starts at the cavity."""
     rng = grid.rng
     middle = np.radians(rng.choice(TERRITORIES) + rng.normal(0, 15))
     from_middle = np.abs((angle - middle + np.pi) % (2 * np.pi) - np.pi)
     along = np.clip(1 - ((depth - rng.uniform(0.2, 0.65)) / rng.uniform(0.3, 0.6)) ** 2, 0, None)
     half = np.radians(rng.uniform(35, 65)) * np.sqrt(along)
-    arc = 28.0  # mm per radian in the middle of the wall, so that distances are in mm
+    arc = 28.0  # mm per radian in the middle of the wall, to measure distances in mm
     edema = arc * (half - from_middle) + 1.5 * grid.noise(6)
     scar = arc * (half * rng.uniform(0.55, 0.85) - from_middle) + 1.5 * grid.noise(6)
     scar = np.minimum(scar, rng.uniform(0.4, 1.0) * wall - above_cavity + 0.7 * grid.noise(5))
@@ -157,14 +157,14 @@ def _draw_infarct(
 
 
 def _paint(heart: _Heart, x: Floats, y: Floats, grid: Grid) -> Floats:
-    """The fractions of all tissues [tissues, voxels], passing into one another at their borders."""
+    """Fractions of all tissues [tissues, voxels], blended at their borders."""
     border_mm = 0.4 * float(np.mean(grid.spacing[:2]))
     rng = grid.rng
-    body = 128 - np.hypot((x + 40) / 1.3, y - 42)  # an ellipse whose front and left side are in the image
+    body = 128 - np.hypot((x + 40) / 1.3, y - 42)  # an ellipse; the image shows its front and left side
     skin, chest = rng.uniform(8, 22), rng.uniform(10, 16)
     liver = np.minimum(y - 50 + 0.15 * x + 5 * grid.noise(30), 60 - x)
     around = np.maximum(heart.left_outside, heart.right_outside)
-    # From the outside in; each is laid over what is there.
+    # From the outside in; each tissue covers those before it.
     layers = [
         ("fat", body),
         ("muscle", body - skin),
@@ -193,14 +193,14 @@ def _label(heart: _Heart) -> NDArray[np.uint16]:
     label = np.zeros(heart.left_blood.shape, np.uint16)
     label[heart.right_blood > 0] = RIGHT_BLOOD
     label[heart.left_outside > 0] = NORMAL
-    label[heart.left_blood > 0] = LEFT_BLOOD  # with the papillary muscles, as is usual
+    label[heart.left_blood > 0] = LEFT_BLOOD  # with the papillary muscles, as is common
     label[heart.edema > 0] = EDEMA
     label[heart.scar > 0] = SCAR
     return label
 
 
 def _relaxation_times(rng: np.random.Generator) -> dict[str, tuple[float, float]]:
-    """T1 and T2 in ms of every tissue of one case."""
+    """T1 and T2 of each tissue of one case in ms."""
     times = {}
     for name, tissue in TISSUES.items():
         t1, t2 = np.exp(rng.normal(0, tissue.variation, 2)) * (tissue.t1_ms, tissue.t2_ms)
@@ -209,11 +209,11 @@ def _relaxation_times(rng: np.random.Generator) -> dict[str, tuple[float, float]
 
 
 def _signals(times: Mapping[str, tuple[float, float]], rng: np.random.Generator) -> dict[str, dict[str, float]]:
-    """The signal of every tissue in each modality.
+    """Signal of each tissue in each modality.
 
     bSSFP:  density * sin(a) * (1 - E1) / (1 - (E1 - E2) cos(a) - E1 E2) * exp(-TE / T2), E1 = exp(-TR / T1), E2 alike.
     LGE:    density * |1 - 2 exp(-TI / T1c)|, 1 / T1c = 1 / T1 + relaxivity * concentration; TI nulls the myocardium.
-    T2:     density * (1 - exp(-TR / T1)) * exp(-TE / T2), fat suppressed, little of the blood, which has flown away.
+    T2:     density * (1 - exp(-TR / T1)) * exp(-TE / T2), fat suppressed; blood dark, as it leaves the slice.
     """
     density = {name: tissue.proton_density for name, tissue in TISSUES.items()}
     flip, repetition = np.radians(rng.uniform(50, 70)), rng.uniform(2.8, 3.6)
@@ -221,7 +221,7 @@ def _signals(times: Mapping[str, tuple[float, float]], rng: np.random.Generator)
     enhanced = {
         name: 1 / (1 / t1 + RELAXIVITY * dose * TISSUES[name].contrast_agent_mmol) for name, (t1, _) in times.items()
     }
-    inversion = enhanced["myocardium"] * np.log(2) * rng.uniform(0.97, 1.06)  # nobody hits it exactly
+    inversion = enhanced["myocardium"] * np.log(2) * rng.uniform(0.97, 1.06)  # in practice TI is never exact
     echo, heartbeats = rng.uniform(60, 85), rng.uniform(1600, 2400)
     left_over = {"fat": rng.uniform(0.05, 0.15), "blood": rng.uniform(0.05, 0.2)}
     bssfp, lge, t2_weighted = {}, {}, {}

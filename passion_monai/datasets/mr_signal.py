@@ -1,4 +1,4 @@
-"""The MR physics and the random fields that phantoms share: tissues, fields on the voxels of a case, the receiver."""
+"""MR physics and random fields of all phantoms: tissues, fields on the voxels of a case, the receiver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RELAXIVITY = 4.1e-3  # l/(mmol ms), gadopentetate in plasma at 1.5 T (Rohrer et 
 class Tissue:
     """Relaxation times, proton density (water = 1) and concentration of contrast agent.
 
-    ``variation`` is the relative deviation of the times from case to case, and of the signal within a tissue.
+    ``variation`` is the relative standard deviation of the times between cases, and of the signal within a tissue.
     """
 
     t1_ms: float
@@ -30,7 +30,7 @@ class Tissue:
 
 
 class Grid:
-    """The voxels of one case: draws smooth noise at the voxels of `mask` and puts values at them back into a volume."""
+    """The voxels of one case: draws smooth noise at the voxels of `mask`, and writes values there into a volume."""
 
     def __init__(self, shape: Sequence[int], spacing: Sequence[float], rng: np.random.Generator) -> None:
         self.shape = tuple(shape)
@@ -39,14 +39,14 @@ class Grid:
         self.mask = np.ones(self.shape, bool)
 
     def count(self, volume_ml: float) -> int:
-        """The number of voxels in ``volume_ml``, at least one and fewer than `mask` has."""
+        """The number of voxels in ``volume_ml``: at least one, and fewer than in `mask`."""
         voxels = round(volume_ml * 1000 / float(np.prod(self.spacing)))
         return min(max(voxels, 1), int(self.mask.sum()) - 1)
 
     def noise(self, length_mm: float) -> Floats:
         """A Gaussian random field of unit variance that varies over ``length_mm``, at the voxels of `mask`.
 
-        White noise on a grid of that pitch, spread by Gaussians of that width: a separable product, so always cheap.
+        White noise on a grid with this pitch, interpolated by Gaussians of this width: separable, therefore fast.
         """
         spread = []
         for size, step in zip(self.shape, self.spacing, strict=True):
@@ -59,16 +59,16 @@ class Grid:
         return field
 
     def volume(self, values: NDArray) -> NDArray:
-        """The volume that has ``values`` at the voxels of `mask` and 0 elsewhere."""
+        """A volume with ``values`` at the voxels of `mask` and 0 elsewhere."""
         volume = np.zeros(self.shape, values.dtype)
         volume[self.mask] = values
         return volume
 
 
 def receive(image: Floats, level: float, rng: np.random.Generator) -> NDArray[np.int16]:
-    """What the scanner makes of a signal: Rician noise of 1.2 to 4 % of `level`, and a gain of its own; at least 1."""
+    """The image of a signal: adds Rician noise of 1.2 to 4 % of `level` and a random gain; at least 1."""
     real, imaginary = level * rng.uniform(0.012, 0.04) * rng.standard_normal((2, image.size), dtype=np.float32)
     gain = float(np.exp(rng.uniform(np.log(200), np.log(2000)))) / level
     image = gain * np.hypot(image + real, imaginary)
-    # 0 is kept for the background, so that all modalities have the same mask.
+    # 0 is reserved for the background, so that all modalities have the same mask.
     return np.clip(np.rint(image), 1, np.iinfo(np.int16).max).astype(np.int16)

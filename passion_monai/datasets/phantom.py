@@ -1,7 +1,6 @@
 """A PHANTOM cohort in the file layout of a data set: simulated images, not patients.
 
-It lets the software be tried and tested without registration at a data provider. It says nothing about performance on
-patients.
+Use it to try and test the software without registering for a data set. Scores on it say nothing about patients.
 
     python -m passion_monai.datasets.phantom --dataset brats --output phantom --cases 20 --size 96 --spacing 2 --seed 0
 """
@@ -32,14 +31,14 @@ Files and label values are those of {layout},
 so that software for that data set runs on them. They are no measurement of any person; scores on them say nothing
 about patients.
 """
-VERSION = 1  # stands in every file's header; raise it when the same seed gives other images than before
+VERSION = 1  # written to each file's header; increase it when the same seed gives other images than before
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the cohort of a data set is simulated and what its files are called.
+    """How to simulate cases of a data set, and how to name their files.
 
-    ``case_shape`` gives the shape of a case from the shape that was asked for and the case's seed.
+    ``case_shape`` computes the shape of a case from the requested shape and the case's seed.
     """
 
     simulate: Callable[[Sequence[int], Sequence[float], Sequence[int]], tuple[dict[str, NDArray], NDArray]]
@@ -91,25 +90,25 @@ def write_phantom(
     """Writes a PHANTOM cohort (not patients) as NIfTI, with the file names of a data set.
 
     ``<output_dir>/BraTS20_Training_001/BraTS20_Training_001_{flair,t1ce,t1,t2,seg}.nii.gz`` and so on, or
-    ``myops_training_101_{C0,DE,T2,gd}.nii.gz``, with a ``README.txt`` that says what it is. A case depends on ``seed``
-    and its number only, not on ``num_cases``. A folder appears when it is complete, and cases that are there are kept,
-    so an interrupted call can be repeated.
+    ``myops_training_101_{C0,DE,T2,gd}.nii.gz``, with a ``README.txt`` that declares them a phantom. A case depends only
+    on ``seed`` and its number, not on ``num_cases``. Folders appear only when complete, and existing cases are kept, so
+    you can repeat an interrupted call.
 
     Args:
         dataset: "brats" for brains with tumours, "myops" for hearts with infarcts.
-        output_dir: folder of the cohort, made if needed.
+        output_dir: folder of the cohort; created if missing.
         num_cases: number of cases.
-        shape: number of voxels X, Y, Z. Of hearts Z is the largest number of slices that a case may have. For brains
-            (240, 240, 155) with ``spacing`` 1 mm is BraTS's own.
+        shape: number of voxels X, Y, Z. For hearts, Z is the maximum number of slices. BraTS itself has
+            (240, 240, 155) with ``spacing`` 1 mm.
         spacing: voxel size in mm.
-        seed: seed of the cohort, 0 or more.
+        seed: seed of the cohort, at least 0.
 
     Returns:
-        The case folders, in the order of their numbers.
+        The folders of the cases, ordered by number.
 
     Raises:
-        ValueError: an argument is not usable, or ``output_dir`` holds something else under a case's name.
-        ImportError: for brains, when nilearn, whose wheel carries the anatomy, is not installed.
+        ValueError: an argument is invalid, or ``output_dir`` contains something else under a case's name.
+        ImportError: for brains, if nilearn, which contains the anatomy, is not installed.
 
     Example:
         >>> folders = write_phantom("myops", "phantom", num_cases=2, shape=(64, 64, 4), spacing=(4, 4, 10))
@@ -141,20 +140,20 @@ def _layout(dataset: str) -> _Layout:
 
 def _check_grid(shape: Sequence[int], spacing: Sequence[float], least: Sequence[int]) -> None:
     if len(shape) != 3 or any(size != int(size) or size < few for size, few in zip(shape, least, strict=True)):
-        raise ValueError(f"shape must be three whole numbers of at least {tuple(least)} voxels, got {tuple(shape)}.")
+        raise ValueError(f"shape must be three integers of at least {tuple(least)} voxels, got {tuple(shape)}.")
     if len(spacing) != 3 or not all(0 < step < np.inf for step in spacing):
         raise ValueError(f"spacing must be three positive numbers of millimetres, got {tuple(spacing)}.")
 
 
 def _affine(shape: Sequence[int], spacing: Sequence[float]) -> NDArray[np.float64]:
-    """LPS with the origin where BraTS has it: at 240 x 240 x 155 and 1 mm it is BraTS's affine."""
+    """LPS affine with the origin of BraTS: for 240 x 240 x 155 voxels of 1 mm it equals that of BraTS."""
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[1, 3] = (shape[1] - 1) * spacing[1]
     return affine
 
 
 def _empty_image(shape: Sequence[int], spacing: Sequence[float], *, seed: int, number: int) -> nib.Nifti1Image:
-    """A label without content whose header is that of all the case's files but for the data type."""
+    """An empty label; its header is that of all files of the case, except for the data type."""
     affine = _affine(shape, spacing)
     image = nib.Nifti1Image(np.zeros(tuple(int(size) for size in shape), np.uint8), affine)
     image.set_sform(affine, 1)
@@ -165,7 +164,7 @@ def _empty_image(shape: Sequence[int], spacing: Sequence[float], *, seed: int, n
 
 
 def _holds_case(folder: Path, layout: _Layout, expected: nib.Nifti1Image) -> bool:
-    """True if ``folder`` holds the expected case, False if there is no such folder; anything else is an error."""
+    """True if ``folder`` contains the expected case, False if it does not exist; otherwise an error."""
     if not folder.exists():
         return False
     for suffix in layout.suffixes.values():
@@ -195,7 +194,7 @@ def _write_case(
         try:
             partial.rename(folder)
         except OSError:
-            # Another process may have written the same case meanwhile.
+            # Another process may have written the same case in the meantime.
             if not _holds_case(folder, layout, empty):
                 raise
 

@@ -1,4 +1,4 @@
-"""How a phantom's files say that they are no patient's, without what phantoms are made with."""
+"""The mark of phantoms in the header of their files, in a module without the packages that simulate them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PHANTOM_MARK = "PHANTOM, not a patient"
 
 
 def is_phantom(path: str | Path) -> bool:
-    """Whether an image file belongs to a phantom cohort, as its header says."""
+    """Whether the header of an image file marks it as a phantom."""
     path, _ = split_volume(path)
     if not path.name.lower().endswith(".nii.gz"):
         return False

@@ -1,4 +1,4 @@
-"""Which cases are for training, validation and test: drawn, by lists of ids, or as the folds of a cross-validation."""
+"""Splits cases into training, validation and test: at random, by lists of ids, or as folds of a cross-validation."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def split_cases(
 ) -> dict[str, list[Case]]:
     """Split cases into training, validation and test, keeping all cases of a patient together.
 
-    Without ``ids`` the patients are drawn at random in the proportions of ``sizes`` (largest remainder; no part is
-    left empty while there are enough patients). The result depends on the patients and the seed, not on the order of
+    Without ``ids``, patients are drawn at random in the proportions of ``sizes`` (largest remainder; no section is
+    empty if there are enough patients). The result depends on the patients and the seed, not on the order of
     ``cases``.
 
     Args:
-        cases: what ``discover`` found.
-        sizes: three numbers whose proportion the numbers of training, validation and test patients follow.
-        seed: seed of the draw.
-        ids: case ids of each section, instead of a draw; a section may be missing, and cases in none of them are left
-            out.
+        cases: the output of ``discover``.
+        sizes: three numbers, the proportions of training, validation and test patients.
+        seed: seed of the random split.
+        ids: case ids of each section, instead of a random split. Sections may be missing; cases in no section are
+            left out.
 
     Returns:
-        Cases by section, ordered by id. Cases without a label are in a further section ``inference``, which is there
-        only if there are such cases.
+        Cases by section, ordered by id. Cases without a label, if there are any, are in another section,
+        ``inference``.
 
     Raises:
-        ValueError: when ``sizes`` is impossible, or when ``ids`` names an unknown section, a case that is not there
-            or has no label, a case twice, or one patient in two sections.
+        ValueError: ``sizes`` is invalid, or ``ids`` names an unknown section, an unknown or unlabelled case, a case
+            twice, or a patient in two sections.
     """
     ordered = sorted(cases, key=lambda case: str(case["case"]))
     labelled = [case for case in ordered if "label" in case]
@@ -47,19 +47,19 @@ def split_cases(
 
 
 def fold_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> dict[str, list[Case]]:
-    """One fold of a cross-validation: its cases are the test section, all others are trained on.
+    """One fold of a cross-validation: its cases are the test section, all others the training section.
 
     Args:
-        cases: what ``discover`` found; those without a label are left out.
+        cases: the output of ``discover``; cases without a label are left out.
         fold: 0 to folds - 1.
-        folds: K; the patients are drawn into K parts that differ by one at most, and each is tested in one fold.
-        seed: of the draw, the same for all folds.
+        folds: number K of folds. Their numbers of patients differ by at most one; each patient is tested once.
+        seed: seed of the random split; use the same for all folds.
 
     Returns:
         Cases by section, ordered by id; the validation section is empty.
 
     Raises:
-        ValueError: when there is no such fold or there are fewer patients than folds.
+        ValueError: there is no such fold, or there are fewer patients than folds.
     """
     labelled = sorted((case for case in cases if "label" in case), key=lambda case: str(case["case"]))
     patients = sorted({case["patient"] for case in labelled})
@@ -74,7 +74,7 @@ def fold_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> di
 
 
 def _drawn_sections(cases: Sequence[Case], sizes: Sequence[int], seed: int) -> dict[str, str]:
-    """Section of each case id, drawn by patient."""
+    """Section of each case id, drawn at random by patient."""
     patients = sorted({case["patient"] for case in cases})
     counts = _proportional_counts(len(patients), sizes)
     sections = [name for name, count in zip(SECTIONS, counts, strict=True) for _ in range(count)]
@@ -84,7 +84,7 @@ def _drawn_sections(cases: Sequence[Case], sizes: Sequence[int], seed: int) -> d
 
 
 def _proportional_counts(total: int, sizes: Sequence[int]) -> list[int]:
-    """Whole numbers that add up to ``total`` in the proportion of ``sizes``, by the largest remainder."""
+    """Integers in the proportions of ``sizes`` that add up to ``total``, by the largest remainder."""
     if len(sizes) != len(SECTIONS) or min(sizes) < 0 or sum(sizes) == 0:
         raise ValueError(f"sizes must be three numbers >= 0 for {list(SECTIONS)}, not all 0, got {list(sizes)}.")
     counts = [total * size // sum(sizes) for size in sizes]
@@ -99,7 +99,7 @@ def _proportional_counts(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _listed_sections(cases: Sequence[Case], ids: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Section of each case id that stands in one of the given lists."""
+    """Section of each case id in the given lists."""
     patient_of = {case["case"]: case["patient"] for case in cases}
     section_of: dict[str, str] = {}
     section_of_patient: dict[str, str] = {}

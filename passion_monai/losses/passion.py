@@ -34,7 +34,7 @@ class PassionLoss(nn.Module):
     ``loss_regularisation``.
 
     Args:
-        num_modalities: M.
+        num_modalities: number M of modalities.
         num_classes: K, background included.
         initial_beta: M positive starting values, N / N_m in the paper; 1 for every modality if None.
         lambda_pixel: weight of pixel-wise self-distillation (lambda_1, 0.5 in the paper).
@@ -119,7 +119,7 @@ class PassionLoss(nn.Module):
         :class:`passion_monai.passes.DistillationOutput`; with dropout theirs differs from its teacher by noise.
 
         Args:
-            num_modalities: M.
+            num_modalities: number M of modalities.
             num_classes: K, background included.
             availability: N / N_m of each modality, see :func:`passion_monai.preference.initial_beta`.
             distil: False leaves L_pixel and L_proto out. What remains is a Baseline whose L_reg is re-weighted in the

@@ -1,4 +1,4 @@
-"""The contract that every backbone keeps, and what is common to them."""
+"""The contract of all backbones, and the code that they share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Features = tuple[tuple[Tensor, ...] | None, ...]
 
 
 class DecoderOutput(NamedTuple):
-    """What a fusion decoder puts out for one set of modalities.
+    """Output of a fusion decoder for one set of modalities.
 
     Attributes:
         logits: [B, K, H, W(, D)], level l = 0 of the paper.
@@ -43,15 +43,15 @@ class DecoderOutput(NamedTuple):
 
 
 def find_presence(image: Tensor) -> Tensor:
-    """Which modalities there are, bool [B, M], where nothing but the image [B, M, ...] says so.
+    """Find the presence, bool [B, M], from the image [B, M, ...] alone.
 
-    It is those that are not 0 everywhere, which a normalised modality never is.
+    A modality is present unless it is 0 everywhere, which a normalised image never is.
     """
     return (image != 0).flatten(2).any(dim=2)
 
 
 def select_rows(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
-    """Some samples of each of the maps [B, ...], `rows` bool [B]; nothing is copied where all are selected."""
+    """Select samples of each map [B, ...] by `rows`, bool [B]; copies nothing if all are selected."""
     if bool(rows.all()):
         return maps
     (indices,) = rows.nonzero(as_tuple=True)
@@ -59,11 +59,11 @@ def select_rows(maps: tuple[Tensor, ...], rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def masked_features(features: Features, presence: Tensor) -> dict[int, tuple[Tensor, ...]]:
-    """The maps of the modalities in `presence`, zero for samples where it is False; others are left out.
+    """Maps of the modalities in `presence`, zero for samples that lack them; modalities that all lack are left out.
 
     Args:
-        features: of M modalities.
-        presence: bool [B, M] or [1, M]. Where it lies on a GPU, this waits for it.
+        features: maps of M modalities.
+        presence: bool [B, M] or [1, M]. On a GPU, this waits for its values.
 
     Raises:
         ValueError: when a modality in `presence` was not encoded.
@@ -82,10 +82,10 @@ def masked_features(features: Features, presence: Tensor) -> dict[int, tuple[Ten
 
 
 def mean_of_present(features: Features, presence: Tensor) -> list[Tensor]:
-    """Each of the maps, averaged over the modalities that each sample has: the simplest fusion.
+    """Average each map over the modalities that a sample has: the simplest fusion.
 
     Args:
-        features: of M modalities, as many maps of each.
+        features: maps of M modalities, equally many of each.
         presence: bool [B, M] or [1, M].
 
     Raises:
@@ -106,32 +106,32 @@ def _zero_where_absent(map_: Tensor, rows: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module, ABC):
-    """A segmentation network with one encoder per modality and a fusion decoder for whatever subset is there.
+    """A segmentation network with one encoder per modality and a fusion decoder for any subset of modalities.
 
-    A student of the distillation is `decode` with a one-hot presence, a combination is `decode` with its presence:
-    the same features serve all of them, nothing is encoded twice. The m-th encoder belongs to the m-th channel.
+    A student of the distillation is `decode` with a one-hot presence; a combination is `decode` with its presence.
+    All use the same features, so nothing is encoded twice. The m-th encoder belongs to the m-th channel.
 
     Args:
         spatial_dims: 2 or 3.
         num_modalities: M, the number of image channels.
         num_classes: K, background included.
         img_size: spatial size of the network's input (the training crop), an int or one per axis.
-        stride: how much smaller than the input the deepest level is, along all axes or along each; `img_size` must be
-            its multiple.
+        stride: factor by which the deepest level is smaller than the input, for all axes or for each; `img_size` must
+            be a multiple of it.
 
     Raises:
         ValueError: when an argument is out of range.
     """
 
-    # What of the parameters belongs to which modality, as regular expressions of their names, so that weights can be
-    # taken over to other modalities (passion_monai.networks.pretrained).
+    # Regular expressions for the names of the parameters of one modality, with which weights are transferred to other
+    # modalities (passion_monai.networks.pretrained).
     modality_modules: tuple[str, ...] = (r"encoders\.(\d+)\.",)
     """Modules of one modality; the first group is its index."""
     modality_axes: ClassVar[Mapping[str, int]] = {}
-    """Parameters with one block per modality along an axis, and after the blocks maybe one entry that is of none."""
+    """Parameters with one block per modality along an axis; one common entry may follow the blocks."""
     modality_mixing: tuple[str, ...] = ()
     """Parameters that mix the modalities otherwise; they fit only the modalities that they were trained with."""
-    # And which to which class.
+    # The same for classes.
     class_modules: tuple[str, ...] = ()
     """Modules of one class; the first group is its index."""
     class_axes: ClassVar[Mapping[str, int]] = {r".*\.heads?\.(?:\d+\.)?(?:weight|bias)$": 0}
@@ -166,9 +166,9 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
-        """Maps [B, C, h, w(, d)] of a modality's image [B, 1, H, W(, D)]: all that can be computed without the others.
+        """Maps [B, C, h, w(, d)] of a modality's image [B, 1, H, W(, D)]: all that does not depend on others.
 
-        A sample's maps may be set to zero afterwards, which has to mean that the modality is absent.
+        If the maps of a sample are set to zero afterwards, this must mean that the modality is absent.
         """
 
     @abstractmethod
@@ -187,11 +187,11 @@ class Backbone(nn.Module, ABC):
 
         Args:
             image: [B, M, H, W(, D)]; the values of absent modalities are not read.
-            presence: bool [B, M], at least one True per row, or [1, M] for all samples alike. Where it lies on a GPU,
-                this waits for it.
+            presence: bool [B, M], at least one True per row, or [1, M] for all samples alike. On a GPU, this waits for
+                its values.
 
         Returns:
-            Of each modality its maps [B, C, h, w(, d)], zero for samples that lack it, or None where all do.
+            Maps of each modality, [B, C, h, w(, d)], zero for samples that lack it; None if all samples lack it.
 
         Raises:
             ValueError: when shapes do not fit the network or a sample has no modality.

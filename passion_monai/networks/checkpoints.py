@@ -1,6 +1,6 @@
-"""Weights that the authors of PASSION trained, for the backbones of this package.
+"""Loads weights, including those that the authors of PASSION trained, into the backbones of this package.
 
-Their names are taken apart here and nowhere else. In their checkpoints `decoder_sep` is the decoder that all modalities
+Only this module knows the authors' names. In their checkpoints `decoder_sep` is the decoder that all modalities
 share, `prm` a prediction of a coarser level, `RFM` the fusion of the modalities at a level, counted from 1.
 """
 
@@ -65,8 +65,8 @@ class LoadReport(NamedTuple):
     Attributes:
         loaded: parameters of the network that got a value.
         interpolated: those among them that were interpolated to the network's crop.
-        missing: parameters of the network that the checkpoint has no value for, or one of another shape.
-        unused: entries of the checkpoint, by the names there, that have no place in the network.
+        missing: parameters of the network for which the checkpoint has no value, or one of another shape.
+        unused: entries of the checkpoint, by their names there, that the network does not have.
     """
 
     loaded: tuple[str, ...]
@@ -78,8 +78,8 @@ class LoadReport(NamedTuple):
 def load_reference_checkpoint(checkpoint: str | Path | Mapping[str, Any], *, backbone: Backbone) -> LoadReport:
     """Load weights of the authors' implementation into a network of this package.
 
-    Values per position (position embeddings, fusion tokens) are interpolated linearly when the crop differs. What does
-    not fit is left as it is, listed in the report and logged.
+    Values per position (position embeddings, fusion tokens) are interpolated linearly when the crop differs. Parameters
+    that do not fit keep their values; the report and the log list them.
 
     Args:
         checkpoint: a `.pth` file, read as tensors only, or its content: a state dict, or a dictionary with one under
@@ -182,7 +182,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _safetensors_reader() -> Callable[[Path], dict[str, Tensor]]:
-    from safetensors.torch import load_file  # which a training and an inference with our own files do without
+    from safetensors.torch import load_file  # not needed for the .pt files of our own trainings
 
     return load_file
 
@@ -236,7 +236,7 @@ class WeightsLoader:
                 self._states.append({name: value.cpu().clone() for name, value in self.network.state_dict().items()})
 
     def in_turn(self) -> Iterator[None]:
-        """Let the network have the weights of each file, one after the other; those of a single file it has."""
+        """Load the weights of each file in turn; those of a single file are already loaded."""
         if len(self.paths) == 1:
             yield
         for state in self._states:
@@ -257,7 +257,7 @@ def checkpoint_paths(path: Any) -> list[Path]:
 
 
 def run_folder(path: Any) -> Path:
-    """The folder of the training that a ``ckpt_path`` is of, whose ``models/`` holds the (first) file."""
+    """The folder of the training of a ``ckpt_path``, whose ``models/`` contains the (first) file."""
     return checkpoint_paths(path)[0].absolute().parent.parent
 
 
@@ -266,25 +266,25 @@ def _translate(name: str, rules: Sequence[Rule]) -> str:
         if re.match(pattern, name):
             try:
                 return re.sub(pattern, replacement, name, count=1)
-            except (ValueError, LookupError):  # a part or a modality that is not in the authors' networks
+            except (ValueError, LookupError):  # a part or a modality that the authors' networks do not have
                 return name
     return name
 
 
 def _fit(value: Tensor, target: Tensor, backbone: Backbone) -> Tensor | None:
-    """The value in the shape of the target, or None: without axes of size 1, or with interpolated positions."""
+    """Fit the value to the shape of the target, by dropping axes of size 1 or interpolating positions; or None."""
     while value.ndim > target.ndim and value.shape[-1] == 1:
         value = value.squeeze(-1)
     if value.shape == target.shape:
         return value
     if value.shape[:1] == (1,) and value.numel() == target.numel() and value.shape[-1:] == target.shape[-1:]:
-        return value.reshape(target.shape)  # theirs have an axis for the batch
+        return value.reshape(target.shape)  # the authors' values have a batch axis
     fitted = fit_positions(value, target, backbone)
     return fitted if fitted.shape == target.shape else None
 
 
 def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: bool = False) -> Tensor:
-    """Values per position interpolated to the network's crop; whatever else it is comes back as it is.
+    """Interpolate values per position to the network's crop; return other values unchanged.
 
     Args:
         value: [..., T', C] for T' positions of a crop with equal sides.

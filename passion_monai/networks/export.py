@@ -1,7 +1,7 @@
-"""Networks in the form that MONAI's export commands need, which know of one input only.
+"""Prepares networks for MONAI's export commands, which support only one input.
 
-`monai.bundle ckpt_export` and `onnx_export` call a network with a single random image. For a network that also takes
-`presence`, which has to stay an input of what is exported, the inference configuration has one id for each command:
+`monai.bundle ckpt_export` and `onnx_export` call a network with a single random image. Our networks also
+take `presence`, which must remain an input of the exported file. So the inference configuration has an id per command:
 ``network_script`` and ``network_onnx``.
 """
 
@@ -33,9 +33,9 @@ def trace_network(network: Backbone) -> torch.jit.ScriptModule:
 
 
 class PresenceFromImage(nn.Module):
-    """A network that takes a modality for missing where its channel is 0 everywhere, and so needs only the image.
+    """Wraps a network so that it needs only the image: a channel that is 0 everywhere counts as missing.
 
-    Normalised images are never 0 everywhere; a sliding window on nothing but background is, and its prediction then
+    Normalised images are never 0 everywhere, but a sliding window may contain only background. Its prediction then
     comes from the other modalities, or from none.
 
     Shape:

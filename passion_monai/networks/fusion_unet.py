@@ -1,4 +1,4 @@
-"""FusionUNet: a U-Net whose levels are fused over whatever modalities there are.
+"""FusionUNet: a U-Net that fuses the available modalities at every level.
 
 Papers:
     F. Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation",
@@ -36,9 +36,9 @@ NORM = ("instance", {"affine": True})
 class FusionUNet(Backbone):
     """A U-Net with an encoder per modality, for any number of modalities and any size, in 2-D and 3-D.
 
-    The features of the modalities present are fused at every level, and one decoder with logits at every level but the
-    deepest goes on from there, as in nnU-Net. Nothing in it depends on the size of the crop: inference may take larger
-    windows than training did.
+    The network fuses the features of the present modalities at every level. One decoder continues from there, with
+    logits at every level but the deepest, as in nnU-Net. Nothing depends on the size of the crop, so inference may use
+    larger windows than training.
 
     Args:
         spatial_dims: 2 or 3.
@@ -46,9 +46,9 @@ class FusionUNet(Backbone):
         num_classes: K, background included.
         img_size: spatial size of the crop, multiples of the product of the strides.
         width: channels of the finest level; each further one has twice as many, up to 512 in 2-D and 320 in 3-D.
-        strides: from each level to the next, for all axes or for each; ``[[1, 2, 2], 2, 2, 2]`` where the voxels of the
+        strides: strides between levels, for all axes or for each; ``[[1, 2, 2], 2, 2, 2]`` where the voxels of the
             first axis are twice as long. There is one level more than strides.
-        kernel_sizes: of each level's convolutions, one or one for each level.
+        kernel_sizes: kernel sizes of the convolutions, one for all levels or one for each.
         fusion: "mean_variance", or "gated" for a mean with weights, learned from each modality's features, that add up
             to 1 over those present.
         residual: blocks with a residual connection in the encoders.
@@ -110,7 +110,7 @@ class FusionUNet(Backbone):
         self.apply(DynUNet.initialize_weights)
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
-        """Features of every level, and how much each place of them is worth to the fusion, if that goes by gates."""
+        """Features of every level and, for gated fusion, the gate of each position."""
         maps = []
         for block in cast("nn.ModuleList", self.encoders[modality]):
             image = block(image)
@@ -140,7 +140,7 @@ class FusionUNet(Backbone):
         return torch.cat([mean, sum_maps(deviations) / (count - 1).clamp(min=1)], dim=1)
 
     def _gated(self, present: Mapping[int, tuple[Tensor, ...]], rows: Tensor, level: int) -> Tensor:
-        """Mean over the modalities present, weighted at every place by a softmax of their gates, [B, C, ...]."""
+        """Mean over the modalities present, weighted at every position by a softmax of their gates, [B, C, ...]."""
         maps = [maps[level] for maps in present.values()]
         there = torch.stack(_per_map(rows, maps[0]))
         gates = torch.stack([maps[self.levels + level] for maps in present.values()])
@@ -192,7 +192,7 @@ def _encoder(
     *,
     block: type[nn.Module],
 ) -> nn.ModuleList:
-    """A block for each level, of which all but the first make the map smaller."""
+    """One block per level; all but the first reduce the size."""
     inputs, first = [1, *channels], (1,) * spatial_dims
     return nn.ModuleList(
         block(spatial_dims, given, c, kernel, stride, norm_name=NORM)
@@ -201,7 +201,7 @@ def _encoder(
 
 
 def _gates(spatial_dims: int, channels: Sequence[int]) -> nn.ModuleList:
-    """A convolution for each level that gives one number at each place."""
+    """One convolution per level, with one number per position."""
     return nn.ModuleList(get_conv_layer(spatial_dims, c, 1, kernel_size=1, bias=True) for c in channels)
 
 

@@ -1,4 +1,4 @@
-"""M2FTrans: learned fusion tokens that attend to whatever modalities are there, and cross-attention to fuse their maps.
+"""M2FTrans: learned fusion tokens that attend to the available modalities, and cross-attention to fuse their maps.
 
 Papers:
     J. Shi et al., "M2FTrans: Modality-Masked Fusion Transformer for Incomplete Multi-Modality Brain Tumor
@@ -43,9 +43,9 @@ class M2FTrans(Backbone):
     """M2FTrans for any number of modalities, in 2-D and 3-D.
 
     Per modality: a five-level encoder, whose deepest features are its tokens. A transformer joins them with learned
-    fusion tokens, which see the modalities that are there, while a modality's tokens see only one another. How much
-    the fusion tokens attend to a place of a modality weights that modality's features at every level of the decoder,
-    which fuses them by cross-attention at its two deepest levels and by convolutions at the others.
+    fusion tokens, which see the present modalities; the tokens of a modality see only each other. The attention of
+    the fusion tokens to a position of a modality weights the features of that modality at every level of the decoder.
+    The decoder fuses them by cross-attention at its two deepest levels and by convolutions at the others.
 
     Args:
         spatial_dims: 2 or 3.
@@ -113,7 +113,7 @@ class M2FTrans(Backbone):
         self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=ConvNormAct)
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
-        """Five levels of convolutional features, then what those that convolutions fuse give to the fusion."""
+        """Five levels of convolutional features, then the projections of the levels that convolutions fuse."""
         levels = self.encoders[modality](image)
         fused = zip(self.fusion_decoder.levels[:NUM_CONV_LEVELS], levels, strict=False)
         return (*levels, *(level.fusion.layers.project(x, modality) for level, x in fused))
@@ -125,7 +125,7 @@ class M2FTrans(Backbone):
         weighted = [_weight(deepest, weights)]
         for level in reversed(range(NUM_LEVELS - 1)):
             weights = F.interpolate(weights, scale_factor=2, mode="nearest")
-            # A weight for all channels of a place may as well come after the product over the channels.
+            # A weight common to all channels of a position commutes with the product over the channels.
             index = level + NUM_LEVELS if level < NUM_CONV_LEVELS else level
             weighted.append(_weight({m: maps[index] for m, maps in present.items()}, weights))
         return self.fusion_decoder(fused, weighted[::-1], presence)
@@ -144,7 +144,7 @@ class FusionTransformer(nn.Module):
     """Transformer among the tokens of every modality and the learned fusion tokens ("Bottleneck").
 
     Args:
-        grid: spatial size of the maps, whose T places are one token each.
+        grid: spatial size of the maps, whose T positions are one token each.
 
     Shape:
         - Input: features of the P present modalities by index, [B, C, h, w(, d)]; presence bool [B or 1, M].
@@ -186,10 +186,10 @@ class FusionTransformer(nn.Module):
         return dict(zip(modalities, joined, strict=True)), fused, weights
 
     def score_bias(self, presence: Tensor, dtype: torch.dtype) -> Tensor:
-        """What masks the attention: 0 where a token sees another, else -inf.
+        """The mask of the attention: 0 where a token sees another, otherwise -inf.
 
-        The tokens of a modality see one another only, also where it is absent, since a row of nothing but -inf has no
-        softmax. The fusion tokens see themselves and the modalities in `presence`.
+        The tokens of a modality see only each other, even if it is absent, because the softmax of a row of -inf is
+        undefined. The fusion tokens see themselves and the modalities in `presence`.
 
         Returns:
             Tensor [B or 1, 1, (M + 1) T, (M + 1) T].
@@ -209,7 +209,7 @@ class FusionTransformer(nn.Module):
         num_heads / (number of them), and absent modalities have exactly 0.
 
         Differs from the reference: dropout of the attention is drawn anew here, because the fused attention kernel
-        does not give its weights away.
+        does not return its weights.
 
         Returns:
             Tensor [B, M, h, w(, d)].
@@ -313,7 +313,7 @@ class CrossAttentionFusion(nn.Module):
 class ConvFusion(nn.Module):
     """Fuse the modalities' maps by convolutions.
 
-    Takes and gives what :class:`CrossAttentionFusion` does, but for the maps, which are what `layers.project` gives.
+    Inputs and outputs are those of :class:`CrossAttentionFusion`, except that the maps come from `layers.project`.
     """
 
     def __init__(self, spatial_dims: int, num_modalities: int, channels: int) -> None:
@@ -325,7 +325,7 @@ class ConvFusion(nn.Module):
 
 
 class FusionLevel(nn.Module):
-    """One level of the decoder: logits from the map that comes from below, then the modalities' maps join it.
+    """One level of the decoder: logits from the map of the level below, then fusion with the modalities' maps.
 
     Shape:
         - Input: x [B, C, h, w(, d)]; features of the present modalities by index, [B, C, h, w(, d)], as the fusion
@@ -350,7 +350,7 @@ class FusionLevel(nn.Module):
 
 
 class FusionDecoder(nn.Module):
-    """Decoder that fuses the weighted modalities at every level and puts out logits at every level.
+    """Decoder that fuses the weighted modalities and gives logits at every level.
 
     Shape:
         - Input: fused [B, C_4, ...], the fusion tokens' map; for each level the weighted maps of the present

@@ -52,9 +52,9 @@ class MMFormer(Backbone):
         num_heads: attention heads.
         mlp_channels: hidden channels of the transformer's feed-forward part.
         dropout_rate: dropout in the transformers.
-        token_order: how the joint tokens go back to a map. The authors reshape the M x T tokens so that four
-            consecutive tokens of one modality share a place ("scrambled", which their weights need); with "aligned"
-            each token keeps its place.
+        token_order: how the joint tokens become a map again. The authors reshape the M x T tokens so that four
+            consecutive tokens of one modality share a position ("scrambled", which their weights need); with
+            "aligned" each token keeps its position.
 
     Shape:
         - Input: image [B, M, H, W(, D)], presence bool [B, M].
@@ -72,7 +72,7 @@ class MMFormer(Backbone):
 
     modality_modules = (r"encoders\.(\d+)\.", r"to_tokens\.(\d+)\.", r"intra_transformers\.(\d+)\.")
     modality_axes: ClassVar = {r"position_embeddings$": 0, r"fusion_decoder\.fusions\.[0-3]\.0\.conv\.weight$": 1}
-    # The tokens of all modalities are one sequence, and what is made of it has channels of no modality.
+    # The tokens of all modalities form one sequence; channels computed from it belong to no modality.
     modality_mixing = (r"from_tokens\.", r"fusion_decoder\.fusions\.4\.0\.")
 
     def __init__(
@@ -116,7 +116,7 @@ class MMFormer(Backbone):
         self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=NormActConv)
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
-        """Five levels of convolutional features, what the first four give to the fusion, and the modality's tokens."""
+        """Five levels of convolutional features, projections of the first four for the fusion, and the tokens."""
         levels = self.encoders[modality](image)
         fusions = self.fusion_decoder.fusions
         projected = [fusion.project(x, modality) for fusion, x in zip(fusions, levels[:-1], strict=False)]
@@ -148,10 +148,10 @@ class MMFormer(Backbone):
 
 
 class FusionDecoder(nn.Module):
-    """Decoder that fuses the modalities at every level and puts out logits at every level.
+    """Decoder that fuses the modalities and gives logits at every level.
 
     Shape:
-        - Input: what `fusions[l].project` gives for levels 0 to 3 of every present modality; joint [B, M * C_4, ...]
+        - Input: outputs of `fusions[l].project` for levels 0 to 3 of every present modality; joint [B, M * C_4, ...]
           for the deepest.
     """
 

@@ -1,4 +1,4 @@
-"""Starting a training from the weights of a bundle, on a cohort with other modalities, classes or another crop."""
+"""Starts a training from the weights of a bundle, for other modalities, classes or another crop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class TransferReport(NamedTuple):
-    """Which parameters of a network were taken over, and which start anew.
+    """Which parameters of a network were transferred, and which keep their initial values.
 
     Attributes:
-        transferred: those that were taken over whole.
-        partial: those with parts for every modality or class, of which those in common were taken over.
+        transferred: those that were transferred completely.
+        partial: those with a part per modality or class, of which the common parts were transferred.
         fresh: the others, which keep their initial values, each with the reason.
     """
 
@@ -43,7 +43,7 @@ def load_pretrained(
     classes: Sequence[str],
     modality_names: Mapping[str, str] | None = None,
 ) -> TransferReport:
-    """Load a bundle's weights into a network for a cohort of one's own; see :func:`transfer_weights`.
+    """Load a bundle's weights into a network for your own cohort; see :func:`transfer_weights`.
 
     Args:
         network: the network to train, of the same backbone.
@@ -51,7 +51,7 @@ def load_pretrained(
         weights: file of the weights.
         modalities: names of the network's modalities.
         classes: names of the network's classes, background first.
-        modality_names: what the bundle calls those of them that it calls otherwise.
+        modality_names: the bundle's names of those modalities that it names differently.
     """
     return transfer_weights(
         network,
@@ -100,13 +100,13 @@ def transfer_weights(
     pretrained_classes: Sequence[str],
     modality_names: Mapping[str, str] | None = None,
 ) -> TransferReport:
-    """Take over what fits of the weights of a network for other modalities and classes, matched by their names.
+    """Transfer weights that were trained with other modalities and classes, matched by name.
 
-    What belongs to one modality goes to the modality of that name. Of what mixes the modalities, the parts for those in
-    common are taken over, so that RFNet and M2FTrans for fewer modalities start as the pretrained network does when the
-    others are absent. So do the predictions of classes, and what RFNet has for each region, go to the class of that
-    name. Values per position are interpolated to another crop. What has another shape for another reason keeps its
-    initial values, as does all of a modality or a class that is new. All of it is in the report and logged.
+    Parameters of one modality go to the modality of that name. Of parameters that mix modalities, the parts of the
+    common ones are transferred: RFNet and M2FTrans for fewer modalities start like the pretrained network with the
+    others absent. Parameters of a class, and those of RFNet for a region, go to the class of that name. Values per
+    position are interpolated to the new crop. Other parameters whose shape differs keep their initial values, and so
+    do those of a new modality or class. The report and the log list all of this.
 
     Args:
         network: the network to load into.
@@ -115,7 +115,7 @@ def transfer_weights(
         pretrained_modalities: those of the pretrained network.
         classes: names of the network's classes, background first.
         pretrained_classes: those of the pretrained network.
-        modality_names: pretrained names of those modalities that are called otherwise here.
+        modality_names: pretrained names of those modalities that have another name here.
 
     Raises:
         ValueError: when names do not fit, no modality is in common, or the weights are of another kind of network.
@@ -162,11 +162,11 @@ class _Parts(NamedTuple):
     """The modalities, or the classes, that parts of a network belong to.
 
     Attributes:
-        what: what they are called.
-        modules: patterns of modules of one of them, see :class:`passion_monai.networks.base.Backbone`.
+        what: what to call them in the report.
+        modules: patterns of the modules of one of them, see :class:`passion_monai.networks.base.Backbone`.
         axes: patterns of parameters with one block for each, likewise.
-        sources: for each the index of its pretrained counterpart, None where it has none.
-        num_pretrained: how many there were in pretraining.
+        sources: index of the pretrained counterpart of each, None if it has none.
+        num_pretrained: their number in pretraining.
     """
 
     what: str
@@ -177,7 +177,7 @@ class _Parts(NamedTuple):
 
     @property
     def unlike(self) -> bool:
-        """Whether they are others than in pretraining, or in another order."""
+        """Whether they, or their order, differ from those of pretraining."""
         return self.sources != list(range(self.num_pretrained))
 
     def axis(self, name: str) -> int | None:
@@ -186,7 +186,7 @@ class _Parts(NamedTuple):
 
 
 def _indices(names: Sequence[str], pretrained: Sequence[str]) -> list[int | None]:
-    """For each name its index in the pretrained ones, None where it is not among them."""
+    """Index of each name among the pretrained ones, None if it is not there."""
     order = list(pretrained)
     return [order.index(name) if name in order else None for name in names]
 
@@ -194,7 +194,7 @@ def _indices(names: Sequence[str], pretrained: Sequence[str]) -> list[int | None
 def _match(
     modalities: Sequence[str], pretrained_modalities: Sequence[str], modality_names: Mapping[str, str]
 ) -> list[int | None]:
-    """For each modality the index of its pretrained counterpart, None where it has none."""
+    """Index of the pretrained counterpart of each modality, None if it has none."""
     unknown = [name for name in modality_names if name not in modalities]
     unknown += [name for name in modality_names.values() if name not in pretrained_modalities]
     if unknown:
@@ -215,7 +215,7 @@ def _match(
 
 
 def _source_name(name: str, parts: Sequence[_Parts]) -> tuple[str, str | None]:
-    """The pretrained name of a parameter; or what it belongs to, a modality or a class, that has no counterpart."""
+    """The pretrained name of a parameter, and "modality" or "class" if it belongs to one without counterpart."""
     for part in parts:
         match = next((match for pattern in part.modules if (match := re.match(pattern, name))), None)
         if match:
@@ -227,7 +227,7 @@ def _source_name(name: str, parts: Sequence[_Parts]) -> tuple[str, str | None]:
 
 
 def _fit(pretrained: Tensor, initial: Tensor, blocks: Sequence[tuple[_Parts, int]]) -> Tensor | None:
-    """A pretrained parameter with the blocks that the network has; None where it has another shape all the same."""
+    """A pretrained parameter with the network's blocks; None if its shape still differs."""
     fitted: Tensor | None = pretrained
     for part, axis in blocks:
         if part.unlike and fitted is not None:
@@ -238,9 +238,9 @@ def _fit(pretrained: Tensor, initial: Tensor, blocks: Sequence[tuple[_Parts, int
 def _select_blocks(
     pretrained: Tensor, initial: Tensor, axis: int, sources: Sequence[int | None], num_pretrained: int
 ) -> Tensor | None:
-    """Assemble a parameter with one block per modality or class along an axis, and after them maybe what is of none.
+    """Assemble a parameter from one block per modality or class along an axis, and common entries that may follow.
 
-    None where the pretrained one has other blocks.
+    Returns None if the pretrained parameter has other blocks.
     """
     size = pretrained.shape[axis] // num_pretrained if pretrained.ndim == initial.ndim else 0
     shape = list(pretrained.shape)

@@ -1,4 +1,4 @@
-"""RFNet: an encoder per modality and a decoder that weighs the modalities anew in every region.
+"""RFNet: an encoder per modality, and a decoder that weights the modalities separately in every region.
 
 Papers:
     Y. Ding et al., "RFNet: Region-aware Fusion Network for Incomplete Multi-modal Brain Tumor Segmentation", ICCV 2021,
@@ -41,9 +41,9 @@ BOTTLENECK = 4
 class RFNet(Backbone):
     """RFNet for any number of modalities, in 2-D and 3-D.
 
-    Per modality: a four-level encoder. Then, from the deepest level up, the regions (one per class) are predicted from
-    the masked features of all modalities and from what has been decoded so far, and each region fuses the modalities
-    with weights of its own. The region predictions are the auxiliary outputs.
+    Per modality: a four-level encoder. Then, from the deepest level up, the decoder predicts the regions (one per
+    class) from the masked features of all modalities and its own map, and fuses the modalities with separate weights
+    in each region. The region predictions are the auxiliary outputs.
 
     Args:
         spatial_dims: 2 or 3.
@@ -95,7 +95,7 @@ class RFNet(Backbone):
         self.modality_decoder = UNetDecoder(spatial_dims, width, NUM_LEVELS, num_classes, block=ConvNormAct)
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
-        """Four levels of convolutional features, then what each of them gives to the predictor and to the fusion."""
+        """Four levels of convolutional features, then their projections for the predictor and for the fusion."""
         levels = self.encoders[modality](image)
         decoder = self.fusion_decoder
         predictors = [p.embedding.project(x, modality) for p, x in zip(decoder.predictors, levels, strict=True)]
@@ -115,11 +115,11 @@ class RegionPredictor(nn.Module):
     """Coarse segmentation at one level, from all modalities and the decoder's feature map ("prm_generator").
 
     Args:
-        use_decoded: whether there is a feature map of the decoder; not so at the deepest level.
+        use_decoded: whether the decoder has a feature map yet; False at the deepest level.
         head_channels: channels before the logits.
 
     Shape:
-        - Input: what `embedding.project` gives for every present modality, [B, C / 4, h, w(, d)]; decoded
+        - Input: outputs of `embedding.project` for every present modality, [B, C / 4, h, w(, d)]; decoded
           [B, C, h, w(, d)] or None.
         - Output: logits [B, K, h, w(, d)].
     """
@@ -251,13 +251,13 @@ def mix_regions(probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tens
 class RegionMixing(torch.autograd.Function):
     """:func:`mix_regions` with a gradient for all but p, a few voxels at a time.
 
-    The products of all regions, K times as large as the output, would be what takes most memory and time in the whole
-    network. Here they stay in the cache, and the backward pass computes them again.
+    The products of all regions are K times as large as the output, and would take most memory and time of the whole
+    network. In parts they stay in the cache, and the backward pass computes them again.
     """
 
     @staticmethod
     def forward(ctx: Any, probabilities: Tensor, weights: Tensor, *voxels: Tensor) -> Tensor:
-        """What :func:`mix_regions` gives."""
+        """The output of :func:`mix_regions`."""
         ctx.save_for_backward(probabilities, weights, *voxels)
         parts = _parts(voxels[0])
         return torch.cat(
@@ -282,7 +282,7 @@ class RegionMixing(torch.autograd.Function):
 
 
 def _parts(voxels: Tensor) -> Iterator[slice]:
-    """Slices of the voxels of [B, V, C] for :class:`RegionMixing`: all at once on a GPU, which has no use for more."""
+    """Slices of the voxels of [B, V, C] for :class:`RegionMixing`: a single slice on a GPU, where more do not help."""
     step = VOXELS_AT_ONCE if voxels.device.type == "cpu" else voxels.shape[1]
     return (slice(start, start + step) for start in range(0, voxels.shape[1], step))
 
@@ -291,7 +291,7 @@ class FusionDecoder(nn.Module):
     """Decoder that predicts regions and fuses the modalities within them at every level.
 
     Shape:
-        - Input: what `RFNet.encode_modality` gives for each present modality, by its index.
+        - Input: outputs of `RFNet.encode_modality` for each present modality, by its index.
     """
 
     def __init__(self, spatial_dims: int, num_modalities: int, num_classes: int, *, width: int) -> None:

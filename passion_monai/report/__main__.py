@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write a page on runs that were evaluated: tables, tests and figures of their methods."""
+    """Write a page that compares the methods of evaluated runs, with tables, tests and figures."""
     parser = argparse.ArgumentParser(prog="python -m passion_monai.report", description=main.__doc__)
     parser.add_argument(
         "runs",

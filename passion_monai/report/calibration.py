@@ -1,4 +1,4 @@
-"""The section on how far confidence can be believed."""
+"""The section on calibration: whether a confidence of 80 % is right in 80 % of the voxels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["calibration"]
 
 
 def calibration(page: Page) -> Section:
-    """How far confidence is from how often it is right, by combination."""
+    """Expected calibration error of each combination."""
     title = "Calibration"
     paths = {
         group.label: [path for run in group.runs if (path := run.optional_file("evaluation", "calibration.csv"))]
@@ -34,7 +34,7 @@ def calibration(page: Page) -> Section:
 
 
 def _calibration_of(label: str, paths: Iterable[Path]) -> list[pd.DataFrame]:
-    """Mean over the cases of each combination, of each case's mean over the seeds, in percent; and after scaling."""
+    """Calibration error of each combination in percent, plain and after scaling: mean over seeds, then over cases."""
     errors = pd.concat([_read_calibration(path) for path in paths])
     named = {"ece": label, "ece_calibrated": f"{label}, calibrated"}
     return [_ece_means(errors, column).assign(method=name) for column, name in named.items() if column in errors]

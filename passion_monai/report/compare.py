@@ -1,4 +1,4 @@
-"""Two runs compared: `python -m passion_monai.report.compare RUN_A RUN_B` prints a table."""
+"""Compares two runs: `python -m passion_monai.report.compare RUN_A RUN_B` prints a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ case's mean over its combinations, or over these and the regions."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare what two runs score on the same cases, and print a table."""
+    """Compare the scores of two runs on the same cases, and print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m passion_monai.report.compare",
         description=main.__doc__,

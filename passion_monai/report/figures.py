@@ -1,4 +1,4 @@
-"""Figures of several methods side by side, for the report page."""
+"""Figures that show several methods side by side, for the report page."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from passion_monai.presence import combination_name, combinations
 
 __all__ = ["plot_case", "plot_contributions", "plot_curves", "plot_methods"]
 
-_HATCHES = ("", "///", "...")  # once the colours are used up
+_HATCHES = ("", "///", "...")  # when there are more methods than colours
 _PALETTE = 6
 _PER_ROW = 3
 _TITLE_WIDTH = 15  # letters
 _CURVES = (("loss", "loss"), ("relative preference", PREFERENCE), ("beta", "beta_"))
-_DARK = 0.6  # share of the colour scale from which text on it is white
+_DARK = 0.6  # from this share of the colour scale on, text is white
 
 
 def plot_methods(means: Mapping[str, pd.DataFrame], *, modalities: Sequence[str], regions: Sequence[str]) -> Figure:
-    """Bars of the methods' Dice for each region and modality combination, with their intervals.
+    """Draw the Dice of each method as bars with intervals, by region and modality combination.
 
     Args:
-        means: for each method what :func:`passion_monai.evaluation.statistics.summarise` gives for ``dice``.
+        means: the output of :func:`passion_monai.evaluation.statistics.summarise` for ``dice``, by method.
         modalities: names of the M modalities.
         regions: names of the regions, one panel each.
     """
@@ -59,10 +59,10 @@ def plot_methods(means: Mapping[str, pd.DataFrame], *, modalities: Sequence[str]
 
 
 def plot_contributions(contributions: pd.DataFrame) -> Figure:
-    """Heat maps of what each modality adds to the Dice of each region, one for each method.
+    """Draw a heat map per method: how much each modality adds to the Dice of each region.
 
     Args:
-        contributions: rows (method, modality), columns by region, in percentage points of Dice.
+        contributions: percentage points of Dice; one row per method and modality, one column per region.
     """
     methods = list(contributions.index.unique(0))
     across = min(len(methods), _PER_ROW)
@@ -81,10 +81,10 @@ def plot_contributions(contributions: pd.DataFrame) -> Figure:
 
 
 def plot_curves(logs: Mapping[str, Sequence[pd.DataFrame]], *, modalities: Sequence[str]) -> Figure:
-    """Loss, relative preference and beta over the epochs: thick the mean over the seeds, thin each of them.
+    """Draw loss, relative preference and beta by epoch: a thick line for the mean over seeds, a thin one per seed.
 
     Args:
-        logs: for each method the training logs of its seeds.
+        logs: the training logs of each method, one per seed.
         modalities: names of the M modalities.
     """
     figure = Figure(figsize=(10, 2.3 * len(logs) + 0.5), layout="constrained")
@@ -108,14 +108,14 @@ def plot_curves(logs: Mapping[str, Sequence[pd.DataFrame]], *, modalities: Seque
 def plot_case(
     cases: Mapping[str, KeptCase], *, class_names: Sequence[str], names: Sequence[str] | None = None
 ) -> Figure:
-    """One slice of a case, a row per combination: the images given, the label, and each method's class map.
+    """Draw one slice of a case, one row per combination: input images, label, and the class map of each method.
 
-    It is the slice with the most label.
+    The slice is the one with the most labelled voxels.
 
     Args:
-        cases: for each method the same case as it was kept.
+        cases: the same case as kept by each method.
         class_names: name of each class, background first.
-        names: of the combinations to show; None for those of one modality, of all but one, and of all.
+        names: names of the combinations to show; None shows those with one modality, all but one, and all.
     """
     case = next(iter(cases.values()))
     modalities = case.modalities.tolist()
@@ -159,7 +159,7 @@ def _plot_heat_map(ax: Axes, values: pd.DataFrame, limit: float) -> None:
 
 
 def _plot_curves(ax: Axes, tables: Sequence[pd.DataFrame], columns: Mapping[str, str]) -> None:
-    """Some columns of the logs, with their colours."""
+    """Draw columns of the logs in the given colours."""
     tidy(ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for column, line in columns.items():
@@ -177,7 +177,7 @@ def _plot_curves(ax: Axes, tables: Sequence[pd.DataFrame], columns: Mapping[str,
 def _plot_row(
     axes: Sequence[Axes], case: KeptCase, given: Sequence[str], maps: Sequence[NDArray], box: tuple[slice | int, ...]
 ) -> None:
-    """The images given, then class maps over the first of them."""
+    """Draw the input images, then the class maps over the first of them."""
     images = {name: image[box].T for name, image in zip(case.modalities.tolist(), case.images, strict=True)}
     for ax in axes:
         ax.set(xticks=[], yticks=[], facecolor=LIGHT_GREY)
@@ -197,7 +197,7 @@ def _plot_grey(ax: Axes, image: NDArray, aspect: float) -> None:
 
 
 def _box(label: NDArray) -> tuple[slice | int, ...]:
-    """A square of the slice with the most label, twice as large as what is labelled there."""
+    """A square of the slice with the most labelled voxels, twice as large as the labelled area."""
     index = int(np.count_nonzero(label, axis=(0, 1)).argmax())
     points = np.argwhere(label[..., index] > 0)
     if not len(points):

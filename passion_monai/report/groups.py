@@ -1,4 +1,4 @@
-"""Runs of one method together, and the means of their scores."""
+"""Groups the runs of each method and averages their scores."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ AVERAGE = "Avg."
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of the scores and how it is shown."""
+    """A column of the scores, and how the report shows it."""
 
     column: str
     title: str
     factor: float
-    sign: int  # 1 where more is better, otherwise -1
+    sign: int  # 1 if higher is better, -1 if lower is
 
 
 METRICS = (
@@ -40,7 +40,7 @@ LESION_METRICS = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one method, backbone and missing rates: its seeds, or the folds of a cross-validation."""
+    """The runs of one method, backbone and missing rates: several seeds, or the folds of a cross-validation."""
 
     label: str
     runs: list[Run]
@@ -54,7 +54,7 @@ class Group:
         return pooled_scores(self.runs)
 
     def estimates(self, metrics: Iterable[Metric], *, by_combination: bool = False) -> pd.DataFrame:
-        """Means over all combinations, with those of the regions as "Avg.", or for each combination too."""
+        """Means over all combinations, "Avg." over the regions; `by_combination` adds those of each combination."""
         tables = []
         for metric in metrics:
             means = overall(self.scores, metric.column).assign(combination=AVERAGE)
@@ -70,7 +70,7 @@ class Group:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs of one method, backbone and missing rates, with a label that tells them from the others."""
+    """Group runs by method, backbone and missing rates, and give each group a distinct label."""
     several = [len({key(run) for run in runs}) > 1 for key in (_backbone, _rates)]
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""What the sections of a report have in common: its runs, and how a table or a figure gets into it."""
+"""What all sections of a report share: its runs, and how to add a table or a figure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LESIONS = (
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a sentence, tables and figures, and what the runs lack for it."""
+    """A section of the page: a sentence, tables, figures, and a note on data that the runs lack."""
 
     name: str
     title: str
@@ -51,12 +51,12 @@ class Section:
 
 
 class Page:
-    """The runs that a report is on, in groups; writes the files of its tables and figures.
+    """The runs of a report, in groups. Writes the files of its tables and figures.
 
     Args:
-        runs: what :func:`passion_monai.report.runs.read_runs` gives.
-        folder: for the page and for its tables and figures; it is made.
-        template: of the page, which says how a table and a figure are shown.
+        runs: the output of :func:`passion_monai.report.runs.read_runs`.
+        folder: folder of the page, its tables and figures; created if missing.
+        template: template of the page, with macros for tables and figures.
     """
 
     def __init__(self, runs: Sequence[Run], folder: Path, template: jinja2.Template) -> None:
@@ -73,7 +73,7 @@ class Page:
         self.combinations = [combination_name(row, self.modalities) for row in combinations(len(self.modalities))]
 
     def table(self, name: str, caption: str, numbers: pd.DataFrame, text: pd.DataFrame, bold: pd.DataFrame) -> Markup:
-        """A table in the page, as LaTeX, and its numbers as CSV."""
+        """Write a table as LaTeX and its numbers as CSV; return it as HTML."""
         self.write(f"{name}.csv", numbers.to_csv(index=False))
         self.write(f"{name}.tex", to_latex(text, bold))
         table: Markup = self.template.module.table(name, caption, header(text), cells(text, bold))  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ class Page:
     def estimates(
         self, name: str, caption: str, numbers: pd.DataFrame, rows: list[str], columns: list[str], within: list[str]
     ) -> Markup:
-        """A table of means with intervals, the best of each group that agrees in the keys `within` bold."""
+        """Write a table of means with intervals; the best of the rows that agree in the keys `within` is bold."""
         shown = numbers.assign(text=with_interval(numbers), best=is_best(numbers, within))
         text, bold = (pivot(shown, value, rows, columns) for value in ("text", "best"))
         return self.table(name, caption, numbers, text.fillna("-"), bold.eq(True))
@@ -102,7 +102,7 @@ class Page:
         )
 
     def figure(self, name: str, alt: str, figure: Figure, *, photo: bool = False) -> Markup:
-        """A figure as PNG and SVG, one of which is in the page."""
+        """Write a figure as PNG and SVG; return the HTML that shows one of them."""
         data = {}
         for kind in ("png", "svg"):
             buffer = io.BytesIO()
@@ -127,7 +127,7 @@ class Page:
         return tuple("●" if name in combination.split("+") else "○" for name in self.modalities)
 
     def reference(self, group: Group) -> Group:
-        """The Baseline with a group's backbone and missing rates; the first group of them where there is none."""
+        """The Baseline with a group's backbone and missing rates; without one, the first group with these."""
         keys = (group.first.settings["backbone"], group.first.rates)
         same = [one for one in self.groups if (one.first.settings["backbone"], one.first.rates) == keys]
         return next((one for one in same if one.first.method == BASELINE), same[0])
@@ -143,5 +143,5 @@ class Page:
 
 
 def _caption(title: str) -> str:
-    """What is to be said of a metric."""
+    """The caption of a metric."""
     return next((text for start, text in (("HD95", _HD95), ("lesion-wise", _LESIONS)) if title.startswith(start)), "")

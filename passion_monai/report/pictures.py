@@ -1,4 +1,4 @@
-"""Sections to look at: bars of the methods, segmented slices, and what each modality adds."""
+"""Sections with pictures: Dice as bars, segmented slices, and the contribution of each modality."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_CASES = 4  # of overlays
 
 
 def bars(page: Page) -> Section:
-    """Dice of the methods by region and combination."""
+    """Dice of each method by region and combination."""
     means = {group.label: summarise(group.scores, DICE.column) for group in page.groups}
     figure = plot_methods(means, modalities=page.modalities, regions=page.regions)
     alt = "Bars: mean Dice of each method for each region and combination; lines: 95 % intervals over the cases."
@@ -31,7 +31,7 @@ def bars(page: Page) -> Section:
 
 
 def cases(page: Page) -> Section:
-    """Slices of the cases that were kept of all methods."""
+    """Slices of the cases that all methods kept."""
     kept = {group.label: kept_cases(group) for group in page.groups}
     lacking = [label for label, paths in kept.items() if not paths]
     maps = {label: paths for label, paths in kept.items() if paths}
@@ -46,7 +46,7 @@ def cases(page: Page) -> Section:
 
 
 def contributions(page: Page) -> Section:
-    """What each modality adds, over all combinations of the others."""
+    """What each modality adds to the combinations of the others, on average."""
     title = "What each modality adds"
     if len(page.modalities) == 1:
         return Section("contributions", title, missing="There is only one modality.")
@@ -76,6 +76,6 @@ def _case(page: Page, case: str, paths: Mapping[str, Path]) -> Markup:
 
 
 def kept_cases(group: Group) -> dict[str, Path]:
-    """File of each case that was kept, by its id; of several seeds the first."""
+    """File of each kept case by its id, from the first seed that kept it."""
     folders = [run.folder / "evaluation" / "maps" for run in reversed(group.runs)]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.npz"))}

@@ -1,4 +1,4 @@
-"""The runs that a report is on, and the names of the methods that they are of."""
+"""Reads the runs of a report and names their methods."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NAMES_IN_ERROR = 3
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was evaluated.
+    """An evaluated run.
 
     Attributes:
         folder: its folder.
         method: name of the method; runs of one method differ in their seeds, missing rates or backbones.
-        settings: what ``run.json`` says.
+        settings: content of ``run.json``.
         scores: rows of :data:`passion_monai.evaluation.tables.SCORE_COLUMNS`.
-        presence: which modalities each training case had, by its id; None where there is no ``presence.json``.
+        presence: modalities of each training case by its id; None without a ``presence.json``.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def rates(self) -> str:
-        """The missing rates that were asked for, as text, in the order of the modalities."""
+        """The requested missing rates, as text, in the order of the modalities."""
         rates = self.settings["missing_rates"]
         if rates is not None:
             return f"({', '.join(f'{rate:g}' for rate in rates)})"
@@ -49,22 +49,22 @@ class Run:
 
     @property
     def ticks(self) -> tuple[bool, ...] | None:
-        """Which parts of PASSION the run has, as in the paper's Table 2; None if it is none of that table's rows."""
+        """Which parts of PASSION the run uses, as in the paper's Table 2; None if the table has no such row."""
         if self.settings["objective"] == "baseline" and not self.settings["modality_dropout"]:
             return (False,) * 4
         return _ticks(self.settings) if self.settings["objective"] == "passion" else None
 
     def optional_file(self, *parts: str) -> Path | None:
-        """A file in the run's folder, if it is there."""
+        """A file in the run's folder; None if it does not exist."""
         path = self.folder.joinpath(*parts)
         return path if path.is_file() else None
 
 
 def method_name(settings: Mapping[str, Any]) -> str:
-    """Name of the method that a training was of.
+    """Name of the method of a training.
 
     Args:
-        settings: what ``run.json`` says.
+        settings: content of ``run.json``.
 
     Example:
         >>> method_name({"objective": "baseline", "modality_dropout": True})
@@ -78,14 +78,14 @@ def method_name(settings: Mapping[str, Any]) -> str:
 
 
 def read_runs(arguments: Iterable[str]) -> list[Run]:
-    """Read evaluated runs that can stand in one report.
+    """Read evaluated runs for one report.
 
     Args:
-        arguments: folders of runs, each perhaps with a method's name before it, ``NAME=RUN``.
+        arguments: folders of runs; ``NAME=RUN`` also names the method.
 
     Raises:
-        FileNotFoundError: naming the folder where a run was not evaluated or does not say what it was.
-        ValueError: naming the folder where a file is not what it should be, or where runs do not go together.
+        FileNotFoundError: a run was not evaluated, or has no ``run.json``; the message names its folder.
+        ValueError: a file is damaged, or two runs are not comparable; the message names their folders.
     """
     runs = [_read_run(argument) for argument in arguments]
     for run in runs[1:]:
@@ -97,16 +97,16 @@ def read_runs(arguments: Iterable[str]) -> list[Run]:
         if key in seen:
             raise ValueError(
                 f"{seen[key].folder} and {run.folder} are both {run.method!r} with seed {run.settings['seed']}; leave "
-                f"one out, or give another name to one: NAME={run.folder}."
+                f"one out, or rename one: NAME={run.folder}."
             )
         seen[key] = run
     return runs
 
 
 def pooled_scores(runs: Sequence[Run]) -> pd.DataFrame:
-    """The scores of runs of one method: of its seeds, with a column ``seed``, or of the folds of a cross-validation.
+    """Scores of all runs of one method: seeds get a column ``seed``, folds of a cross-validation do not.
 
-    Folds have scored different cases, and are one set of scores together.
+    Folds score different cases, so together they are one set of scores.
     """
     if len(runs) == 1:
         return runs[0].scores
@@ -116,7 +116,7 @@ def pooled_scores(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _ticks(settings: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Pixel-wise and prototype loss, task mask delta, adaptive beta; the mask is the second's, beta the first's."""
+    """Pixel-wise loss, prototype loss, its task mask delta, and adaptive beta, which weights the pixel-wise loss."""
     pixel, prototype = settings["lambda_pixel"] > 0, settings["lambda_prototype"] > 0
     return pixel, prototype, bool(settings["use_task_mask"] and prototype), bool(settings["adaptive_beta"] and pixel)
 
@@ -136,8 +136,8 @@ def _read_run(argument: str) -> Run:
     folder = Path(rest if named else argument)
     if not (folder / "evaluation" / "scores.csv").is_file():
         raise FileNotFoundError(
-            f"{folder} has no evaluation/scores.csv; give the folder of a run, and run the evaluate workflow with it "
-            "as output_dir first."
+            f"{folder} has no evaluation/scores.csv; give the folder of a run, after the evaluate workflow "
+            "with it as output_dir."
         )
     settings = read_settings(folder)
     scores = _read_scores(folder, settings)
@@ -147,7 +147,7 @@ def _read_run(argument: str) -> Run:
 
 
 def _read_scores(folder: Path, settings: Mapping[str, Any]) -> pd.DataFrame:
-    """The scores of a run, which must be of the modalities and regions that the run says it is of."""
+    """Read the scores of a run; their modalities and regions must be those of its ``run.json``."""
     path = folder / "evaluation" / "scores.csv"
     remedy = "run the evaluate workflow again, to its end"
     try:
@@ -160,29 +160,29 @@ def _read_scores(folder: Path, settings: Mapping[str, Any]) -> pd.DataFrame:
     unknown = sorted({*scores["combination"]} - {*names}) + sorted({*scores["region"]} ^ {*settings["regions"]})
     if unknown:
         raise ValueError(
-            f"{path} is of other modalities or regions than {folder / 'run.json'} says: {unknown[:_NAMES_IN_ERROR]}; "
-            f"{remedy}, with the ids that the training had."
+            f"{path} has other modalities or regions than {folder / 'run.json'} says: {unknown[:_NAMES_IN_ERROR]}; "
+            f"{remedy}, with the ids of the training."
         )
     return scores
 
 
 def _check_pair(first: Run, other: Run) -> None:
-    """Check that two runs are of the same modalities and regions."""
+    """Check that two runs have the same modalities and regions."""
     for key in ("dataset", "modalities", "regions"):
         if first.settings[key] != other.settings[key]:
             raise ValueError(
-                f"{first.folder} and {other.folder} cannot stand in one report: their {key} are "
-                f"{first.settings[key]} and {other.settings[key]}. Make a report of each."
+                f"{first.folder} and {other.folder} are not comparable: their {key} are "
+                f"{first.settings[key]} and {other.settings[key]}. Make a report for each."
             )
 
 
 def _are_folds(runs: Sequence[Run]) -> bool:
-    """Whether no case was scored by two of the runs."""
+    """Whether the runs scored different cases, as folds of a cross-validation do."""
     return sum(run.scores["case"].nunique() for run in runs) == len(set().union(*(run.scores["case"] for run in runs)))
 
 
 def _check_cases(runs: Sequence[Run]) -> None:
-    """Check that the runs of a method are seeds or folds, and that all methods have scored the same cases."""
+    """Check that the runs of a method are seeds or folds, and that all methods scored the same cases."""
     methods: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         methods.setdefault((run.method, run.settings["backbone"], run.rates), []).append(run)
@@ -200,7 +200,7 @@ def _check_same_cases(first: Sequence[Run], others: Sequence[Run]) -> None:
     if cases[0] != cases[1]:
         only = sorted(cases[0] ^ cases[1])
         raise ValueError(
-            f"{first[0].folder} and {others[0].folder} cannot stand in one report: {len(only)} test cases, such as "
-            f"{only[:_NAMES_IN_ERROR]}, are in one of them only. Train and evaluate both with the same --datalist, or "
-            "give the same folds of each method."
+            f"{first[0].folder} and {others[0].folder} are not comparable: {len(only)} test cases, such as "
+            f"{only[:_NAMES_IN_ERROR]}, are in only one of them. Train and evaluate both with the same --datalist, or "
+            "give the same folds for each method."
         )

@@ -1,4 +1,4 @@
-"""Sections on scores: by method, by part of PASSION, by combination, and how sure differences are."""
+"""Sections on scores: by method, by part of PASSION, by combination, and tests of the differences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TICKS = ("pixel", "prototype", "δ", "β")
 
 
 def methods(page: Page) -> Section:
-    """Means over all combinations, by method and missing rates."""
+    """Means over all combinations, by method and by missing rates."""
     numbers = pd.concat([group.estimates(page.metrics) for group in sorted(page.groups, key=page.rates_order)])
     rows = ["missing rates", "method", *page.backbone_key()]
     caption = f"Means over all combinations of modalities. {page.conventions}"
@@ -30,7 +30,7 @@ def methods(page: Page) -> Section:
 
 
 def ablation(page: Page) -> Section:
-    """The same by which parts of PASSION were used."""
+    """Means over all combinations, by the parts of PASSION in use."""
     title = "What the parts of PASSION do"
     groups = [group for group in page.groups if group.first.ticks is not None]
     if not any(group.first.settings["objective"] == "passion" and not _is_full(group) for group in groups):
@@ -52,7 +52,7 @@ def ablation(page: Page) -> Section:
 
 
 def combinations(page: Page) -> Section:
-    """Means for each combination, a table for each metric."""
+    """Means of each combination, one table per metric."""
     parts = []
     for metric in page.metrics:
         numbers = pd.concat([group.estimates([metric], by_combination=True) for group in page.groups])
@@ -64,7 +64,7 @@ def combinations(page: Page) -> Section:
 
 
 def tests(page: Page) -> Section:
-    """Paired tests of each method against the one that it is compared with."""
+    """Paired tests of each method against its reference."""
     title = "Paired tests"
     pairs = [(page.reference(group), group) for group in page.groups]
     tables = [_compared(*pair) for pair in pairs if pair[0] is not pair[1]]
@@ -102,7 +102,7 @@ def _compared(reference: Group, group: Group) -> pd.DataFrame:
 
 
 def _test_text(numbers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of all combinations, as text and where it is bold."""
+    """The rows of all combinations: text, and which cells are bold."""
     keys = ["method", "compared with", "region"]
     rows = numbers[numbers["combination"] == ALL].set_index(keys)
     single = numbers[numbers["combination"] != ALL]

@@ -1,4 +1,4 @@
-"""Tables of the report: estimates laid out in rows and columns, for HTML and for LaTeX."""
+"""Tables of the report, for HTML and LaTeX."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _LATEX = {
 
 
 def with_interval(numbers: pd.DataFrame, *, sign: str = "") -> pd.Series:
-    """Means as text, and below each its interval and the spread of the seeds, where there is one.
+    """Means as text, with the interval and, if there are several seeds, their spread below.
 
     Args:
-        numbers: columns ``mean, low, high`` and perhaps ``seed_std``.
-        sign: "+" to write the sign of positive numbers too.
+        numbers: columns ``mean, low, high``, and ``seed_std`` if there are several seeds.
+        sign: "+" also writes the sign of positive numbers.
     """
 
     def text(row: Mapping[Any, float]) -> str:
@@ -43,11 +43,11 @@ def with_interval(numbers: pd.DataFrame, *, sign: str = "") -> pd.Series:
 
 
 def is_best(numbers: pd.DataFrame, within: list[str]) -> pd.Series:
-    """Whether a mean, as it is shown, is the best of a group in which not all are equal.
+    """Whether a mean, as rounded in the table, is the best of its group; False if all are equal.
 
     Args:
-        numbers: columns ``mean`` and ``sign``, 1 where more is better and -1 where less is.
-        within: columns that are the same in a group.
+        numbers: columns ``mean`` and ``sign``; sign is 1 if higher is better, -1 if lower is.
+        within: columns with equal values within a group.
     """
     shown = numbers["mean"].round(_DECIMALS) * numbers["sign"]
     groups = shown.groupby([numbers[key] for key in within])
@@ -55,13 +55,13 @@ def is_best(numbers: pd.DataFrame, within: list[str]) -> pd.Series:
 
 
 def pivot(numbers: pd.DataFrame, value: str, rows: list[str], columns: list[str]) -> pd.DataFrame:
-    """One column of a long table, laid out by other columns.
+    """Pivot one column of a long table by other columns.
 
     Args:
         numbers: the long table.
-        value: name of the column.
-        rows: names of the columns whose values are rows, in the order in which they appear.
-        columns: likewise; the values of the first are groups of columns.
+        value: name of the column to show.
+        rows: names of the columns that label the rows, in order of appearance.
+        columns: likewise for the columns; the first of them groups the others.
     """
     table = numbers.set_index([*rows, *columns])[value].unstack(columns)
     shown = numbers[columns].drop_duplicates(ignore_index=True)
@@ -76,7 +76,7 @@ def nothing_bold(text: pd.DataFrame) -> pd.DataFrame:
 
 
 def header(text: pd.DataFrame) -> list[list[tuple[str, int]]]:
-    """Lines of a table's header: labels and over how many columns each reaches."""
+    """Lines of a table's header: each label and the number of columns it spans."""
     names = [(str(name), 1) for name in text.index.names]
     columns = [key if isinstance(key, tuple) else (key,) for key in text.columns]
     lines = []
@@ -87,17 +87,17 @@ def header(text: pd.DataFrame) -> list[list[tuple[str, int]]]:
 
 
 def cells(text: pd.DataFrame, bold: pd.DataFrame) -> Iterator[tuple[list[str], list[tuple[str, bool]]]]:
-    """Rows of a table: keys, and text and whether it is bold."""
+    """Rows of a table: their keys, and the text of each cell with whether it is bold."""
     for key, row, marks in zip(text.index, text.to_numpy(), bold.to_numpy(), strict=True):
         keys = key if isinstance(key, tuple) else (key,)
         yield [str(part) for part in keys], [(str(part), bool(mark)) for part, mark in zip(row, marks, strict=True)]
 
 
 def to_latex(text: pd.DataFrame, bold: pd.DataFrame) -> str:
-    """A table for LaTeX, with its packages booktabs and amssymb.
+    """A LaTeX table, which needs the packages booktabs and amssymb.
 
     Args:
-        text: what stands in the cells.
+        text: text of the cells.
         bold: which cells are bold.
     """
     css = np.where(bold, "font-weight: bold;", "")

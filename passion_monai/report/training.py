@@ -1,4 +1,4 @@
-"""Sections on the trainings: which runs there are, how they went, and which modalities their cases lacked."""
+"""Sections on the trainings: the runs, their curves, and the missing rates of their cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["curves", "missing_rates", "runs"]
 
 
 def runs(page: Page) -> Section:
-    """Which runs the report is on."""
+    """The runs of the report."""
     columns = ("method", "backbone", "missing rates", "seeds", "epochs", "folders")
     rows = [
         (
@@ -52,7 +52,7 @@ def curves(page: Page) -> Section:
 
 
 def missing_rates(page: Page) -> Section:
-    """How many training cases lacked each modality."""
+    """The share of training cases that lack each modality."""
     title = "Missing rates in training"
     known = [(group, run) for group in page.groups for run in group.runs if run.presence is not None]
     if not known:
@@ -72,7 +72,7 @@ def _read_log(path: Path) -> pd.DataFrame:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); train again.") from error
     if not {"epoch", "loss"} <= {*log}:
-        raise ValueError(f"{path} is no training log: it lacks the columns epoch or loss, and has {list(log)}.")
+        raise ValueError(f"{path} is not a training log: it needs the columns epoch and loss, got {list(log)}.")
     return log
 
 

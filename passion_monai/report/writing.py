@@ -1,6 +1,6 @@
-"""The page of a report: one HTML file with all sections in it.
+"""Writes the page of a report: one HTML file with all sections.
 
-Beside it each table lies as CSV and LaTeX, and each figure as PNG and SVG.
+The same folder gets each table as CSV and LaTeX, and each figure as PNG and SVG.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ SECTIONS = (
 
 
 def write_report(runs: Sequence[Run], output: str | Path) -> Path:
-    """Write a report on runs.
+    """Write a report that compares runs.
 
     Args:
-        runs: what :func:`passion_monai.report.runs.read_runs` gives.
-        output: folder for the page and for its tables and figures; it is made.
+        runs: the output of :func:`passion_monai.report.runs.read_runs`.
+        output: folder of the page, its tables and figures; created if missing.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        ValueError: naming the file that is not what it should be.
+        ValueError: a file is damaged; the message names it.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("passion_monai.report", "."), autoescape=True, trim_blocks=True
@@ -67,7 +67,7 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
 
 
 def _with_options(text: str) -> Markup:
-    """A sentence in which options of commands look like code."""
+    """Mark command-line options in a sentence as code."""
     return Markup(re.sub(r"--\w+( (True|False|\d))?", r"<code>\g<0></code>", str(escape(text))))
 
 

@@ -154,7 +154,7 @@ def test_two_processes_may_write_the_same_cohort(tmp_path: Path, monkeypatch: py
     [
         ({"num_cases": 0}, "num_cases must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"shape": (96, 96)}, r"shape must be three whole numbers of at least \(8, 8, 8\) voxels, got \(96, 96\)"),
+        ({"shape": (96, 96)}, r"shape must be three integers of at least \(8, 8, 8\) voxels, got \(96, 96\)"),
         ({"shape": (96, 96, 4)}, "shape must be three"),
         ({"shape": (96, 96, 9.5)}, "shape must be three"),
         ({"spacing": (1, 1)}, "spacing must be three positive"),

@@ -362,7 +362,7 @@ def test_methods_with_other_folds_do_not_go_together(tmp_path: Path, capsys: pyt
     folds = make_folds(tmp_path / "a") + make_folds(tmp_path / "b", objective="pmr")
     with pytest.raises(SystemExit):
         main([*folds[:-1], "--output", str(tmp_path / "report")])
-    assert "the same folds of each method" in " ".join(capsys.readouterr().err.split())
+    assert "the same folds for each method" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -382,9 +382,9 @@ def test_methods_with_other_folds_do_not_go_together(tmp_path: Path, capsys: pyt
             r"other modalities or regions.*'x'",
         ),
         (lambda run: change_scores(run, lambda table: table.replace("001", "009")), r"'001', '009'.*same --datalist"),
-        (lambda run: change_settings(run, regions={"core": [2], "whole": [1]}), r"their regions are .* of each"),
+        (lambda run: change_settings(run, regions={"core": [2], "whole": [1]}), r"their regions are .* for each"),
         (lambda run: change_settings(run, seed=0), r"both 'Baseline' with seed 0; .*NAME=.*other"),
-        (lambda run: (run / "training.csv").write_text("x\n1\n"), r"training\.csv is no training log"),
+        (lambda run: (run / "training.csv").write_text("x\n1\n"), r"training\.csv is not a training log"),
         (lambda run: (run / "evaluation" / "calibration.csv").write_text("x\n1\n"), r"calibration\.csv must have"),
         (lambda run: (run / "evaluation" / "maps" / "001.npz").write_text("x"), r"001\.npz is no kept case"),
     ],
