@@ -124,11 +124,18 @@ class _Reflect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        for axis in range(2, gradient.ndim):
-            for border, source in _borders(gradient.shape[axis], ctx.size):
-                gradient.select(axis, source).add_(gradient.select(axis, border))
-        return _inner(gradient, ctx.size), None
+        return _fold(gradient, ctx.size, 2), None
+
+
+def _fold(gradient: Tensor, size: int, axis: int) -> Tensor:
+    """A padded map without its borders along an axis and those after it, which are added to what they mirror."""
+    if axis == gradient.ndim:
+        return gradient.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+    length = gradient.shape[axis]
+    folded = _fold(gradient.narrow(axis, size, length - 2 * size), size, axis + 1)
+    for border, source in _borders(length, size):
+        folded.narrow(axis, source - size, 1).add_(_fold(gradient.narrow(axis, border, 1), size, axis + 1))
+    return folded
 
 
 def _inner(x: Tensor, size: int) -> Tensor:
