@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from passion_monai.memory import keep_freed_memory
 from passion_monai.networks import BACKBONES, Backbone
@@ -103,9 +103,14 @@ def peak_flops(function: Callable[[], Any], repeats: int = 10) -> float:
 
 def count_flops(function: Callable[[], Any]) -> int:
     """FLOPs of convolutions and products, by torch's counter: two for a multiplication and an addition."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: onednn_flops}) as counter:
         function()
     return int(counter.get_total_flops())
+
+
+def onednn_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """FLOPs of a convolution that oneDNN is called for directly, which torch's counter does not know, from shapes."""
+    return int(conv_flop_count(x, weight, out_shape))
 
 
 def measure(function: Callable[[], Any], repeats: int, *, warm_up: bool = True) -> dict[str, float]:

@@ -14,6 +14,9 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passion_monai.networks import cpu
+from passion_monai.networks.cpu import is_exporting
+
 __all__ = [
     "ConvBlock",
     "ConvNormAct",
@@ -36,11 +39,6 @@ NEGATIVE_SLOPE = 0.2
 CHANNELS_LAST = {1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 MIN_CHANNELS = 4
 """Convolutions of fewer channels are filled up with zeros, see :class:`PaddedConv`."""
-
-
-def is_exporting() -> bool:
-    """Whether a network is being traced for TorchScript or exported for ONNX."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def conv(
@@ -99,6 +97,8 @@ class Pointwise(nn.Module):
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Product over the channels: x [B, C, ...], weight [C_out, C(, 1, ...)] -> [B, C_out, ...], channels last."""
+    if x.ndim > 3 and cpu.applies(x, weight):
+        return cpu.pointwise(x, weight, bias)
     return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
@@ -126,6 +126,8 @@ class PaddedConv(nn.Module):
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
+        if cpu.applies(x, self.weight) and not torch.is_grad_enabled():
+            return self._predict(x)
         x = self._pad(x)
         if self.groups > 1:
             return _convolve(x, self.weight, self.bias, self.stride, self.groups)
@@ -136,7 +138,16 @@ class PaddedConv(nn.Module):
             return _convolve(torch.cat([x, x], dim=1), self.weight, self.bias, self.stride, 2)
         return _convolve(x, self.weight, self.bias, self.stride, 1)
 
+    def _predict(self, x: Tensor) -> Tensor:
+        """The convolution without a gradient on a CPU."""
+        padding = self.padding[::2]
+        if self.padding_mode == "reflect":
+            x, padding = cpu.reflect(x, padding[0]), [0] * len(padding)
+        return cpu.convolve(x, self.weight, self.bias, stride=self.stride, padding=padding, groups=self.groups)
+
     def _pad(self, x: Tensor) -> Tensor:
+        if self.padding_mode == "reflect" and cpu.applies(x):
+            return cpu.reflect(x, self.padding[0])
         if self.padding_mode == "reflect" and x.is_cuda and torch.are_deterministic_algorithms_enabled():
             return reflect(x, self.padding[0])
         return F.pad(x, self.padding, mode=self.padding_mode)
@@ -180,6 +191,8 @@ class NormAct(nn.Module):
     """Instance norm and leaky ReLU, which have no parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1 and cpu.can_norm(x):
+            return cpu.norm_act(x, NEGATIVE_SLOPE)
         return F.leaky_relu(instance_norm(x), NEGATIVE_SLOPE, inplace=True)
 
 
