@@ -41,7 +41,7 @@ def profiled(arguments: argparse.Namespace, *, datalist: str, workers: int) -> d
     """Seconds of an epoch after the first, and the shares of what takes them."""
     run = arguments.output / f"workers_{workers}"
     shutil.rmtree(run, ignore_errors=True)
-    options = {"output_dir": str(run), "datalist": datalist, "cache_dir": str(arguments.output / "cache")}
+    options: dict[str, Any] = {"output_dir": str(run), "datalist": datalist, "cache_dir": str(arguments.output / "cache")}
     options |= {"num_workers": workers, "epochs": 1 + arguments.epochs}
     options |= {"roi_size": [arguments.size] * 3, "spacing": [arguments.spacing] * 3}
     options |= json.loads(arguments.settings)

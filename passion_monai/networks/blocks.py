@@ -6,7 +6,6 @@ import functools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from monai.networks.blocks import MLPBlock
@@ -27,14 +26,17 @@ __all__ = [
     "TransformerLayer",
     "UNetDecoder",
     "conv",
+    "fast_convolution",
     "head",
     "is_exporting",
     "pointwise",
     "sum_maps",
     "upsample",
     "upsample_logits",
+    "use_fast_convolutions",
 ]
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 NEGATIVE_SLOPE = 0.2
 CHANNELS_LAST = {1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 MIN_CHANNELS = 4
@@ -51,12 +53,7 @@ def conv(
     groups: int = 1,
     padding_mode: str,
 ) -> nn.Module:
-    """Convolution with bias that keeps the size at stride 1, with Kaiming-normal weights.
-
-    The weights lie in memory with channels last, and so does what comes out, whatever goes in. In that order
-    convolutions of few channels, interpolation and products over channels are two to four times faster on a CPU, and it
-    is the order that tensor cores want.
-    """
+    """Convolution with bias that keeps the size at stride 1, with Kaiming-normal weights."""
     layer = Conv[Conv.CONV, spatial_dims](
         in_channels,
         out_channels,
@@ -67,9 +64,34 @@ def conv(
         padding_mode=padding_mode,
     )
     nn.init.kaiming_normal_(layer.weight)
-    if kernel_size == 1:
+    return fast_convolution(layer)
+
+
+def fast_convolution(layer: Convolution) -> nn.Module:
+    """A convolution that keeps the size at stride 1, with the same parameters, in a form that is fast on a CPU too.
+
+    The weights lie in memory with channels last, and so does what comes out, whatever goes in. In that order
+    convolutions of few channels, interpolation and products over channels are two to four times faster on a CPU, and it
+    is the order that tensor cores want.
+    """
+    if set(layer.kernel_size) == {1}:
         return Pointwise(layer)
-    return PaddedConv(layer.to(memory_format=CHANNELS_LAST[spatial_dims]))
+    return PaddedConv(layer.to(memory_format=CHANNELS_LAST[len(layer.kernel_size)]))  # type: ignore[call-overload]
+
+
+def use_fast_convolutions(network: nn.Module) -> None:
+    """Replace the convolutions in another library's blocks by their fast forms; parameters keep names and values."""
+    for module in network.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d | nn.Conv3d) and _keeps_size(layer):
+                setattr(module, name, fast_convolution(layer))
+
+
+def _keeps_size(layer: Convolution) -> bool:
+    """Whether a convolution's padding and dilation are those of :func:`fast_convolution`."""
+    steps = set(layer.stride) if set(layer.kernel_size) == {1} else {1}
+    halves = tuple(size // 2 for size in layer.kernel_size)
+    return layer.padding == halves and layer.padding_mode == "zeros" and set(layer.dilation) | steps == {1}
 
 
 def head(spatial_dims: int, in_channels: int, num_classes: int) -> nn.Module:
@@ -86,7 +108,7 @@ class Pointwise(nn.Module):
         layer: the convolution.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Conv3d) -> None:
+    def __init__(self, layer: Convolution) -> None:
         super().__init__()
         self.weight = layer.weight
         self.bias = layer.bias
@@ -116,13 +138,13 @@ class PaddedConv(nn.Module):
         layer: the convolution.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Conv3d) -> None:
+    def __init__(self, layer: Convolution) -> None:
         super().__init__()
         self.weight = layer.weight
-        self.bias = cast("Tensor", layer.bias)
+        self.bias = layer.bias
         self.stride = layer.stride
         self.groups = layer.groups
-        self.padding = [size // 2 for size in layer.kernel_size for _ in range(2)]
+        self.padding = [size // 2 for size in layer.kernel_size]
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +162,7 @@ class PaddedConv(nn.Module):
 
     def _predict(self, x: Tensor) -> Tensor:
         """The convolution without a gradient on a CPU."""
-        padding = self.padding[::2]
+        padding = self.padding
         if self.padding_mode == "reflect":
             x, padding = cpu.reflect(x, padding[0]), [0] * len(padding)
         return cpu.convolve(x, self.weight, self.bias, stride=self.stride, padding=padding, groups=self.groups)
@@ -150,7 +172,7 @@ class PaddedConv(nn.Module):
             return cpu.reflect(x, self.padding[0])
         if self.padding_mode == "reflect" and x.is_cuda and torch.are_deterministic_algorithms_enabled():
             return reflect(x, self.padding[0])
-        return F.pad(x, self.padding, mode=self.padding_mode)
+        return F.pad(x, [size for size in reversed(self.padding) for _ in range(2)], mode=self.padding_mode)
 
     def _convolve_filled(self, x: Tensor) -> Tensor:
         """The convolution with channels of zeros added: four are computed several times faster than two."""
@@ -158,7 +180,8 @@ class PaddedConv(nn.Module):
         kernel = [0] * 2 * len(self.stride)
         fill_in, fill_out = [0, MIN_CHANNELS - in_channels], [0, max(0, MIN_CHANNELS - out_channels)]
         weight = F.pad(self.weight, kernel + fill_in + fill_out)
-        x = _convolve(F.pad(x, kernel + fill_in), weight, F.pad(self.bias, fill_out), self.stride, 1)
+        bias = None if self.bias is None else F.pad(self.bias, fill_out)
+        x = _convolve(F.pad(x, kernel + fill_in), weight, bias, self.stride, 1)
         return x[:, :out_channels]
 
 
@@ -174,7 +197,7 @@ def reflect(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], groups: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], groups: int) -> Tensor:
     return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, stride, groups=groups)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from passion_monai.devices import send
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, masked_features
-from passion_monai.networks.blocks import head, sum_maps
+from passion_monai.networks.blocks import head, sum_maps, use_fast_convolutions
 
 __all__ = ["FusionUNet"]
 
@@ -108,6 +108,7 @@ class FusionUNet(Backbone):
         self.decoder = SupervisedDecoder(*shape, num_classes=num_classes)
         self.modality_decoder = SupervisedDecoder(*shape, num_classes=num_classes, deep_supervision=False)
         self.apply(DynUNet.initialize_weights)
+        use_fast_convolutions(self)
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
         """Features of every level and, for gated fusion, the gate of each position."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from passion_monai.networks import blocks
-from passion_monai.networks.blocks import ConvNormAct, ModalityFusion, NormActConv, conv, reflect, upsample_logits
+from passion_monai.networks.blocks import (
+    ConvNormAct,
+    ModalityFusion,
+    NormActConv,
+    conv,
+    reflect,
+    upsample_logits,
+    use_fast_convolutions,
+)
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -64,6 +74,39 @@ def test_convolutions_are_those_of_torch(
     ours = torch.autograd.grad(found, [x, *layer.parameters()], gradient)
     theirs = torch.autograd.grad(expected, [x, *plain.parameters()], gradient)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_another_librarys_convolutions_in_fast_forms(spatial_dims: int, with_gradient: bool, batch_size: int):
+    torch.manual_seed(0)
+    layer, kernel, stride = CONVOLUTIONS[spatial_dims], (1, 3, 5)[:spatial_dims], (1, 2, 2)[:spatial_dims]
+    network = nn.Sequential(
+        layer(2, 4, kernel, stride, padding=tuple(size // 2 for size in kernel), bias=False),
+        nn.Sequential(layer(4, 6, 3, padding=1), nn.LeakyReLU()),
+        layer(6, 6, 1, bias=False),
+        layer(6, 4, 3, padding=2, dilation=2),  # from here on others than the fast forms
+        layer(4, 4, 1, stride=2),
+        layer(4, 4, 3),
+        layer(4, 4, 3, padding="same"),
+    )
+    fast = copy.deepcopy(network)
+    use_fast_convolutions(fast)
+    types = [type(part) for part in fast.modules() if not isinstance(part, nn.Sequential | nn.LeakyReLU)]
+    assert types == [blocks.PaddedConv, blocks.PaddedConv, blocks.Pointwise, *[layer] * 4]
+    assert {name: value.shape for name, value in fast.state_dict().items()} == {
+        name: value.shape for name, value in network.state_dict().items()
+    }
+    x = torch.randn(batch_size, 2, *(16, 18, 20)[:spatial_dims], requires_grad=True)
+    with torch.set_grad_enabled(with_gradient):
+        found, expected = fast(x), network(x)
+    torch.testing.assert_close(found, expected)
+    if with_gradient:
+        gradient = torch.randn_like(expected)
+        ours = torch.autograd.grad(found, [x, *fast.parameters()], gradient)
+        theirs = torch.autograd.grad(expected, [x, *network.parameters()], gradient)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_small_maps_are_given_to_the_fast_kernel():

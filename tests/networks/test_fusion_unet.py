@@ -84,7 +84,7 @@ def encoded(network: FusionUNet, image: torch.Tensor) -> tuple[tuple, torch.Tens
 
 def test_widths_end_where_those_of_nnu_net_do() -> None:
     network = FusionUNet(3, num_modalities=1, num_classes=2, img_size=64, strides=(2,) * 5)
-    widths = [block.conv1.conv.out_channels for block in network.encoders[0]]
+    widths = [len(block.conv1.conv.weight) for block in network.encoders[0]]
     assert widths == [32, 64, 128, 256, 320, 320]
 
 
