@@ -6,6 +6,7 @@ from monai.networks.nets import SegResNet
 from torch import Tensor, nn
 
 from passion_monai.networks.base import Backbone, DecoderOutput, Features, mean_of_present
+from passion_monai.networks.blocks import use_fast_convolutions
 
 
 class MultiSegResNet(Backbone):
@@ -23,6 +24,7 @@ class MultiSegResNet(Backbone):
             del encoder.up_layers, encoder.up_samples, encoder.conv_final
         for decoder in (self.decoder, self.modality_decoder):
             del decoder.convInit, decoder.down_layers
+        use_fast_convolutions(self)  # on a CPU
 
     def encode_modality(self, image: Tensor, modality: int) -> tuple[Tensor, ...]:
         """Maps from fine to coarse, of one sequence alone."""
