@@ -41,8 +41,8 @@ def profiled(arguments: argparse.Namespace, *, datalist: str, workers: int) -> d
     """Seconds of an epoch after the first, and the shares of what takes them."""
     run = arguments.output / f"workers_{workers}"
     shutil.rmtree(run, ignore_errors=True)
-    options: dict[str, Any] = {"output_dir": str(run), "datalist": datalist, "cache_dir": str(arguments.output / "cache")}
-    options |= {"num_workers": workers, "epochs": 1 + arguments.epochs}
+    options: dict[str, Any] = {"output_dir": str(run), "cache_dir": str(arguments.output / "cache")}
+    options |= {"datalist": datalist, "num_workers": workers, "epochs": 1 + arguments.epochs}
     options |= {"roi_size": [arguments.size] * 3, "spacing": [arguments.spacing] * 3}
     options |= json.loads(arguments.settings)
     config = str(BUNDLES / f"brats_{arguments.backbone}_passion" / "configs" / "train.yaml")
