@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.measure import NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
+from benchmarks.measure import NUM_MODALITIES, add_arguments, network_from, presence_of, print_results
 from passion_monai.inferers import CombinationInferer, PresenceInferer
 from passion_monai.presence import combinations
 
@@ -53,8 +53,9 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--combinations", action="store_true", help="predict all of them from one encoding")
     which.add_argument("--separate", action="store_true", help="predict all of them, one after the other")
+    parser.add_argument("--profile", action="store_true", help="say what takes the time, instead of how long it is")
     arguments = parser.parse_args()
-    report(arguments, measure(prediction(arguments), arguments.repeats, warm_up=False))
+    print_results(arguments, prediction(arguments), warm_up=False)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from passion_monai.memory import keep_freed_memory
 from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.precision import PRECISIONS
 
-__all__ = ["add_arguments", "measure", "network_from", "presence_of", "report"]
+__all__ = ["add_arguments", "measure", "network_from", "presence_of", "print_results", "report"]
 
 CALIBRATOR_REPEATS = 20
 """Runs of the calibrator for each run of what is measured."""
@@ -149,6 +149,22 @@ def measure(function: Callable[[], Any], repeats: int, *, warm_up: bool = True) 
         "fraction_of_conv_peak": flops / cpu_seconds / conv_peak,
         "fraction_of_matmul_peak": flops / cpu_seconds / matmul_peak,
     }
+
+
+def profile_of(function: Callable[[], Any]) -> str:
+    """The operations that take the most time in a call, after one to warm up."""
+    function()
+    with torch.profiler.profile() as profile:
+        function()
+    return str(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+
+
+def print_results(arguments: argparse.Namespace, function: Callable[[], Any], *, warm_up: bool = True) -> None:
+    """What `--profile` asks for: which operations take the time of a call, or how long it takes."""
+    if arguments.profile:
+        print(profile_of(function))
+    else:
+        report(arguments, measure(function, arguments.repeats, warm_up=warm_up))
 
 
 def report(arguments: argparse.Namespace, results: dict[str, Any]) -> None:

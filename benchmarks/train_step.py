@@ -13,7 +13,7 @@ from benchmarks.batched import BatchedDistillation
 from benchmarks.compiled import compile_regions
 from benchmarks.dense import DenseStep
 from benchmarks.graph import captured
-from benchmarks.measure import NUM_CLASSES, NUM_MODALITIES, add_arguments, measure, network_from, presence_of, report
+from benchmarks.measure import NUM_CLASSES, NUM_MODALITIES, add_arguments, network_from, presence_of, print_results
 from passion_monai.distillation import SelfDistillation
 from passion_monai.losses import PassionLoss, TaskLoss
 from passion_monai.networks import Backbone
@@ -88,14 +88,6 @@ def dense_step(arguments: argparse.Namespace, network: Backbone, loss: nn.Module
     return DenseStep(network, loss, precision=arguments.dtype)
 
 
-def profile_of(step: Callable[[], None]) -> str:
-    """The operations that take the most time in a step, after one to warm up."""
-    step()
-    with torch.profiler.profile() as profile:
-        step()
-    return str(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -106,10 +98,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="say what takes the time, instead of how long it is")
     arguments = parser.parse_args()
     step = train_step(arguments)
-    if arguments.profile:
-        print(profile_of(step))
-    else:
-        report(arguments, measure(step, arguments.repeats))
+    print_results(arguments, step)
 
 
 if __name__ == "__main__":
