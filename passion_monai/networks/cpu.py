@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["applies", "convolve", "norm_act", "pointwise", "reflect"]
+__all__ = ["applies", "can_norm", "convolve", "is_exporting", "norm_act", "pointwise", "reflect"]
 
 GROUPS = 32
 """Parts of a map whose statistics are taken side by side: one row of a product of so many times the channels."""
