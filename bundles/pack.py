@@ -5,8 +5,9 @@ the folders that have weights, with a JSON twin of every configuration (`monai.b
 package itself as a wheel, into `dist/<bundle>_v<version>.zip`.
 
 `real BUNDLE --run RUN --folds RUN ...` puts weights that were trained on patients into the bundle itself, with the
-scores of a cross-validation of the same training; `make weights-real` calls it. `hub BUNDLE ...` writes what a model
-hub wants, the bundle with these weights as safetensors too and a model card at its root, to `dist/hub/<bundle>/`.
+scores of a cross-validation of the same training; `make weights-real` calls it. Without `--run` it only renews the
+scores, when more folds are finished. `hub BUNDLE ...` writes what a model hub wants, the bundle with these weights as
+safetensors too and a model card at its root, to `dist/hub/<bundle>/`.
 """
 
 from __future__ import annotations
@@ -67,18 +68,23 @@ def train_weights(source: Path) -> None:
     shutil.copy(run_dir / "models" / "model.pt", bundle / "models" / "model.pt")
 
 
-def put_weights(source: Path, run: Path, folds: Sequence[Path]) -> None:
-    """Put the weights of a training on patients into a bundle, and the scores that its cross-validation had."""
-    runs = read_runs([str(fold) for fold in folds])
+def put_weights(source: Path, run: Path) -> None:
+    """Put the weights of a training on patients into a bundle."""
     cases = json.loads((run / "presence.json").read_text(encoding="utf-8"))["cases"]
-    weights, scores = source / "models" / "model.pt", pooled_scores(runs)
-    weights.parent.mkdir(exist_ok=True)
-    shutil.copy(run / "models" / "model.pt", weights)
+    (source / "models").mkdir(exist_ok=True)
+    shutil.copy(run / "models" / "model.pt", source / "models" / "model.pt")
     shutil.copy(run / "run.json", source)
+    (source / "weights.json").write_text(json.dumps({"cases": sorted(cases)}, indent=4) + "\n", encoding="utf-8")
+
+
+def put_scores(source: Path, folds: Sequence[Path]) -> None:
+    """Put the scores of a cross-validation into the bundle whose weights were trained in the same way."""
+    runs = read_runs([str(fold) for fold in folds])
+    scores = pooled_scores(runs)
     data = f"Cross-validation in {len(runs)} folds on {scores['case'].nunique()} cases, by trainings of the same kind"
     data += f" and {' or '.join(f'{epochs:,}' for epochs in sorted({run.settings['epochs'] for run in runs}))} epochs"
-    write_expected_scores(source / "evaluation" / FILE_NAME, scores, weights_sha256=checksum(weights), data=data)
-    (source / "weights.json").write_text(json.dumps({"cases": sorted(cases)}, indent=4) + "\n", encoding="utf-8")
+    weights_sha256 = checksum(source / "models" / "model.pt")
+    write_expected_scores(source / "evaluation" / FILE_NAME, scores, weights_sha256=weights_sha256, data=data)
 
 
 def write_hub_folder(source: Path) -> Path:
@@ -138,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("weights", "zip", "real", "hub"))
     parser.add_argument("bundles", nargs="*", help="names of the bundles, all of them by default")
-    parser.add_argument("--run", type=Path, help="real: the training")
+    parser.add_argument("--run", type=Path, help="real: the training, if its weights are to be put in")
     parser.add_argument("--folds", type=Path, nargs="+", help="real: the evaluated folds of the cross-validation")
     arguments = parser.parse_args()
     sources = [folder for folder in bundle_folders() if folder.name in arguments.bundles or not arguments.bundles]
@@ -147,7 +153,9 @@ def main() -> None:
             train_weights(source)
     elif arguments.action == "real":
         (source,) = sources
-        put_weights(source, arguments.run, arguments.folds)
+        if arguments.run:
+            put_weights(source, arguments.run)
+        put_scores(source, arguments.folds)
     elif arguments.action == "hub":
         for source in sources:
             print(write_hub_folder(source))

@@ -263,7 +263,8 @@ def test_weights_of_patients_get_a_model_card_and_tell_the_scores_of_their_cross
     shutil.copy(Path(pack.ROOT) / source.name / "bundle.yaml", source)
     folds = [make_run(tmp_path / f"fold{seed}", seed, [f"{seed}a", f"{seed}b"]) for seed in range(2)]
     run = make_run(tmp_path / "all", 0, ["0a", "0b", "1a", "1b"])
-    pack.put_weights(source, run, folds)
+    pack.put_weights(source, run)
+    pack.put_scores(source, folds)
     expected = read_expected_scores(source / "models" / "model.pt")
     assert expected is not None
     assert expected["combinations"]["flair"]["WT"]["dice"]["mean"] == 0.55
@@ -288,9 +289,8 @@ def test_a_model_hub_gets_the_bundle_with_safetensors_that_say_what_they_are(
     shutil.copy(Path(pack.ROOT) / source.name / "bundle.yaml", source)
     with pytest.raises(FileNotFoundError, match="make weights-real"):
         pack.write_hub_folder(source)
-    pack.put_weights(
-        source, make_run(tmp_path / "all", 0, ["0a", "0b"]), [make_run(tmp_path / "fold", 0, ["0a", "0b"])]
-    )
+    pack.put_weights(source, make_run(tmp_path / "all", 0, ["0a", "0b"]))
+    pack.put_scores(source, [make_run(tmp_path / "fold", 0, ["0a", "0b"])])
     folder = pack.write_hub_folder(source)
     weights = folder / "models" / "model.safetensors"
     with safe_open(weights, "pt") as file:
