@@ -119,7 +119,7 @@ class Pointwise(nn.Module):
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Product over the channels: x [B, C, ...], weight [C_out, C(, 1, ...)] -> [B, C_out, ...], channels last."""
-    if x.ndim > 3 and cpu.applies(x, weight):
+    if cpu.can_multiply(x, weight):
         return cpu.pointwise(x, weight, bias)
     return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
@@ -164,11 +164,11 @@ class PaddedConv(nn.Module):
         """The convolution without a gradient on a CPU."""
         padding = self.padding
         if self.padding_mode == "reflect":
-            x, padding = cpu.reflect(x, padding[0]), [0] * len(padding)
+            x, padding = self._pad(x), [0] * len(padding)
         return cpu.convolve(x, self.weight, self.bias, stride=self.stride, padding=padding, groups=self.groups)
 
     def _pad(self, x: Tensor) -> Tensor:
-        if self.padding_mode == "reflect" and cpu.applies(x):
+        if self.padding_mode == "reflect" and cpu.can_reflect(x):
             return cpu.reflect(x, self.padding[0])
         if self.padding_mode == "reflect" and x.is_cuda and torch.are_deterministic_algorithms_enabled():
             return reflect(x, self.padding[0])

@@ -1,8 +1,8 @@
 """Layers on maps with the channels last, computed in forms that are faster on a CPU than torch's.
 
 What torch offers goes through such a map of few channels once too often, or through it channel by channel. Each
-function here gives the numbers of the plain form in its first line, forward and backward; :func:`applies` says where it
-may be used.
+function here gives the numbers of the plain form in its first line, forward and backward; :func:`applies` and the
+functions `can_...` say where it may be used. Small maps are left to torch, which needs fewer calls for them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["applies", "can_norm", "convolve", "is_exporting", "norm_act", "pointwise", "reflect"]
+__all__ = [
+    "applies",
+    "can_multiply",
+    "can_norm",
+    "can_reflect",
+    "convolve",
+    "is_exporting",
+    "norm_act",
+    "pointwise",
+    "reflect",
+]
 
 GROUPS = 32
 """Parts of a map whose statistics are taken side by side: one row of a product of so many times the channels."""
 MIN_VOXELS = 2**15
-"""Maps with fewer voxels than this gain nothing from :func:`norm_act`."""
+"""Maps with fewer voxels than this gain nothing from :func:`norm_act` and :func:`pointwise`."""
+MIN_REFLECTED_VOXELS = 2**16
+"""Likewise of :func:`reflect`."""
 EPS = 1e-5
 
 
@@ -31,13 +43,38 @@ def is_exporting() -> bool:
 
 def applies(*tensors: Tensor) -> bool:
     """Whether the tensors are float32 on a CPU with oneDNN, and no graph of torch's own layers is being made."""
+    in_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return in_float32 and not torch.is_autocast_enabled("cpu") and _is_eager_on_cpu(*tensors)
+
+
+def _is_eager_on_cpu(*tensors: Tensor) -> bool:
     return (
-        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        and not torch.is_autocast_enabled("cpu")
+        all(tensor.device.type == "cpu" for tensor in tensors)
         and not torch.compiler.is_compiling()
         and not is_exporting()
         and torch.backends.mkldnn.is_available()
     )
+
+
+def can_multiply(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`pointwise` takes the map: a large one."""
+    return x.ndim > 3 and _voxels(x) >= MIN_VOXELS and applies(x, weight)
+
+
+def can_reflect(x: Tensor) -> bool:
+    """Whether :func:`reflect` takes the map: a large one, in any precision."""
+    return _voxels(x) >= MIN_REFLECTED_VOXELS and _is_eager_on_cpu(x)
+
+
+def can_norm(x: Tensor) -> bool:
+    """Whether :func:`norm_act` takes the map: a large float32 one that has the channels last."""
+    voxels = _voxels(x)
+    is_right = x.dtype == torch.float32 and voxels >= MIN_VOXELS and voxels % GROUPS == 0
+    return is_right and _is_eager_on_cpu(x) and x.movedim(1, -1).is_contiguous()
+
+
+def _voxels(x: Tensor) -> int:
+    return math.prod(x.shape[2:])
 
 
 def convolve(
@@ -78,12 +115,6 @@ def norm_act(x: Tensor, negative_slope: float) -> Tensor:
     adds up the voxels one by one, is off by 5e-4 of a standard deviation for 80^3 voxels.
     """
     return _NormAct.apply(x, negative_slope)
-
-
-def can_norm(x: Tensor) -> bool:
-    """Whether :func:`norm_act` takes the map: one that is large, and has the channels last."""
-    voxels = math.prod(x.shape[2:])
-    return applies(x) and voxels >= MIN_VOXELS and voxels % GROUPS == 0 and x.movedim(1, -1).is_contiguous()
 
 
 class _Pointwise(torch.autograd.Function):

@@ -103,3 +103,21 @@ def test_maps_of_another_order_are_not_normed_in_groups():
     assert not cpu.can_norm(x.contiguous())
     assert not cpu.can_norm(x[..., :16])
     assert not cpu.can_norm(channels_last(1, 4, 33, 33, 33))
+
+
+def test_small_maps_are_left_to_torch():
+    weight = torch.randn(4, 8, 1, 1, 1)
+    small, large = channels_last(1, 8, 16, 16, 16), channels_last(1, 8, 48, 48, 48)
+    for takes in (cpu.can_norm, cpu.can_reflect, lambda x: cpu.can_multiply(x, weight)):
+        assert takes(large)
+        assert not takes(small)
+        assert not takes(large.to("meta"))
+
+
+def test_borders_and_norms_are_fast_beside_half_precision_too():
+    x = channels_last(1, 2, 48, 48, 48)
+    assert cpu.can_reflect(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.can_norm(x)
+        assert not cpu.can_norm(x.bfloat16())
+        check(lambda x: cpu.norm_act(x, SLOPE), plain_norm_act, x)
