@@ -105,12 +105,14 @@ def compose(bundle: Path, workflow: str, *, phantom: bool = False) -> str:
     if workflow in OVERLAYS:  # which may have more for a data set
         paths += [path for path in [_fragment(f"{dataset}_{workflow}", phantom=phantom)] if path.is_file()]
     else:
-        names = (dataset, f"{dataset}_grid", backbone, "common")
+        names = [dataset, f"{dataset}_grid", backbone, *(["classes"] if workflow == "train" else []), "common"]
         paths = [bundle / "bundle.yaml", *(_fragment(name, phantom=phantom) for name in names), *paths]
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    grid = _fragment(f"{dataset}_grid", phantom=phantom)
     if workflow in ("evaluate", "inference"):
-        grid = _fragment(f"{dataset}_grid", phantom=phantom)
-        texts[grid] = _weights_grid(texts[grid])
+        texts[grid] = _with_grid("weights_settings", grid)
+    elif workflow == "finetune":
+        texts[grid] = _with_grid("pretrained_grid", grid)
     _check_keys(texts)
     if workflow in OVERLAYS:
         return banner + "".join(f"\n{text}" for text in texts.values())
@@ -133,10 +135,10 @@ def _parts_of(text: str) -> Iterator[tuple[str, str]]:
     yield from zip(names_and_texts[::2], names_and_texts[1::2], strict=True)
 
 
-def _weights_grid(grid: str) -> str:
-    """The fragment that replaces a data set's grid in workflows with weights, which have a grid."""
-    template = Template((SHARED / "weights_grid.yaml").read_text(encoding="utf-8"))
-    return template.substitute(yaml.safe_load(grid))
+def _with_grid(name: str, grid: Path) -> str:
+    """A fragment with what weights know of their training, and a data set's grid for those that do not."""
+    template = Template((SHARED / f"{name}.yaml").read_text(encoding="utf-8"))
+    return template.substitute(yaml.safe_load(grid.read_text(encoding="utf-8")))
 
 
 def _check_keys(texts: Mapping[Path, str]) -> None:
@@ -167,8 +169,7 @@ def bundle_facts(bundle: Path, *, phantom: bool = False) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": bundle.name, "spec": get_spec(dataset), "roi_size": grid["roi_size"]}
     for part in (dataset, backbone):
         facts |= yaml.safe_load((DOCUMENTS / f"{part}.yaml").read_text(encoding="utf-8"))
-    facts["release"] = f"{__version__}-phantom"
-    facts["version"] = facts["release"] if phantom else __version__
+    facts["version"] = f"{__version__}-phantom" if phantom else __version__
     facts["phantom"] = phantom
     facts["weights"] = facts["expected"] = None
     if not phantom and (bundle / "weights.json").is_file():
@@ -270,6 +271,11 @@ def _readme(facts: Mapping[str, Any]) -> str:
         "input_shape": str([1, len(spec.modalities), *facts["roi_size"]]).replace(" ", ""),
         "paper_text": _paper_text(facts),
         "scores_text": _scores_text(facts["name"]),
+        "install_command": f"pip install bundles/{facts['name']}/passion_monai-*.whl"
+        if facts["phantom"]
+        else "pip install -e .    # in a clone of the repository",
+        "ckpt_option": "" if facts["phantom"] or facts["weights"] else " --ckpt_path runs/first/models/model.pt",
+        "grid_text": _grid_text(facts["weights"]),
     }
     template = Template((DOCUMENTS / "README.md").read_text(encoding="utf-8"))
     return template.substitute(facts, **derived)
@@ -283,7 +289,18 @@ def _weights_text(facts: Mapping[str, Any]) -> str:
         )
     if facts["weights"]:
         return f"`models/model.pt` was trained on {len(facts['weights']['cases'])} patients; see the model card below."
-    return "The repository has no weights; the zip of a release has small ones, trained on the phantom."
+    return "The repository has no weights for this bundle. Train your own, or small ones on a phantom: `make weights`."
+
+
+def _grid_text(weights: Mapping[str, Any] | None) -> str:
+    """The grid of weights that were trained on patients, which is not that of the paper."""
+    if weights is None:
+        return ""
+    spacing, roi_size = (" x ".join(f"{size:g}" for size in weights[key]) for key in ("spacing", "roi_size"))
+    return (
+        f"\n\nThe weights in `models/` were trained otherwise, on crops of {roi_size} voxels of {spacing} mm.\n"
+        "Evaluation, inference and fine-tuning take this grid from their `run.json`."
+    )
 
 
 def _paper_text(facts: Mapping[str, Any]) -> str:
@@ -311,15 +328,17 @@ def _phantom_scores(name: str) -> dict[str, float]:
 def _scores_text(name: str) -> str:
     scores = _phantom_scores(name)
     if not scores:
-        return "**Ours, on the phantom:** not measured yet; `make weights` measures them."
+        return ""
     return "\n".join(
         [
+            "",
             "**Ours, on the phantom** (simulated images, which say nothing about patients): mean Dice of the small",
             "weights in percent, over all combinations of the phantom's test cases.",
             "",
             "| " + " | ".join(scores) + " |",
             "|---" * len(scores) + "|",
             "| " + " | ".join(f"{100 * value:.1f}" for value in scores.values()) + " |",
+            "",
         ]
     )
 

@@ -42,27 +42,30 @@ def claim_folder(output_dir: str | Path, *, resume: bool, overwrite: bool) -> No
     Raises:
         OSError: when the folder cannot be written to.
         RuntimeError: when another process trains in it.
-        ValueError: when it holds weights, and neither `resume` nor `overwrite` is set.
+        ValueError: when it holds weights, and neither `overwrite` is set nor `resume` with a checkpoint to go on from.
     """
     refusal: Exception | None = None
     if idist.get_rank() == 0:
         try:
             lock_folder(output_dir, "training", go_on="continue it with --resume True")
-            if not (resume or overwrite):
-                _check_that_it_is_free(Path(output_dir))
+            if not overwrite:
+                _check_that_nothing_is_replaced(Path(output_dir) / "models", resume=resume)
         except (OSError, RuntimeError, ValueError) as error:
             refusal = error
     if Agreement().any(refusal is not None):
         raise refusal or RuntimeError(f"The first process says why it cannot train in {output_dir}.")
 
 
-def _check_that_it_is_free(folder: Path) -> None:
-    weights = sorted(path.name for path in (folder / "models").glob("*.pt"))
-    if weights:
-        raise ValueError(
-            f"{folder / 'models'} holds {', '.join(weights)}, which a new training would replace. Continue the "
-            "old one with --resume True, give another --output_dir, or allow the replacement with --overwrite True."
-        )
+def _check_that_nothing_is_replaced(models: Path, *, resume: bool) -> None:
+    weights = sorted(path.name for path in models.glob("*.pt"))
+    can_resume = any(name.startswith("last.") for name in weights)  # weights that came from elsewhere cannot
+    if not weights or (resume and can_resume):
+        return
+    begin = "Continue the old one with --resume True, give" if can_resume else "Give"
+    raise ValueError(
+        f"{models} holds {', '.join(weights)}, which a new training would replace. {begin} another --output_dir, or "
+        "allow the replacement with --overwrite True."
+    )
 
 
 def lock_folder(folder: str | Path, work: str, *, go_on: str) -> None:

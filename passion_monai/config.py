@@ -25,6 +25,7 @@ __all__ = [
     "check_paths",
     "check_switches",
     "find_bundle_root",
+    "similar_id",
 ]
 
 
@@ -227,8 +228,12 @@ def _hint(unknown: str, known: Mapping[str, Any], path: Path) -> str:
         if other != path and unknown in ConfigParser.load_config_file(str(other)):
             return f"it is an id of {other.name}"
     sections = [f"{name}::{part}" for name, value in known.items() if isinstance(value, dict) for part in value]
-    words = [*known, *sections, *inspect.signature(monai.bundle.run).parameters]
-    similar = difflib.get_close_matches(unknown, words, n=1)
+    return similar_id(unknown, [*known, *sections, *inspect.signature(monai.bundle.run).parameters])
+
+
+def similar_id(unknown: str, known: Iterable[str]) -> str:
+    """What an unknown id may have been meant to be, in words."""
+    similar = difflib.get_close_matches(unknown, list(known), n=1)
     return f"did you mean {similar[0]}?" if similar else "nothing is called like it"
 
 

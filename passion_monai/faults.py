@@ -138,9 +138,11 @@ class FaultReport:
         try:
             evaluator.run()
         except Exception as error:
-            logger.error(f"{explain(error)}What was written before is complete; run the same command again.")
+            if evaluator.state.iteration:
+                logger.error(f"{explain(error)}What was written before is complete; run the same command again.")
             raise
         raise_faults(self.faults, outcome=f"These are listed in {self.path}; all other cases are complete.")
+        logger.info(f"Done. The results are in {self.path.parent}.")
 
     def __call__(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> Any:
         if FAULT_KEY in batch:

@@ -145,14 +145,17 @@ def score_table(scores: Tensor, modalities: Sequence[str], regions: Sequence[str
     Shape:
         - scores: [N, P * R], regions running fastest.
     """
-    means = 100 * scores.unflatten(1, (-1, len(regions))).nanmean(dim=0)  # PR
-    given = torch.from_numpy(combinations(len(modalities)).sum(axis=1)).to(means.device)
-    rows = {f"{count} of {len(modalities)}": means[given == count] for count in range(1, len(modalities) + 1)}
-    rows["mean"] = means
-    lines = ["given  " + "".join(f"{name:>8}" for name in (*regions, "mean"))]
+    by_combination = 100 * scores.unflatten(1, (-1, len(regions))).nanmean(dim=0)  # PR
+    given = torch.from_numpy(combinations(len(modalities)).sum(axis=1)).to(by_combination.device)
+    rows = {f"{count} of {len(modalities)}": by_combination[given == count] for count in range(1, len(modalities) + 1)}
+    rows["mean"] = by_combination
+    columns = (*regions, "mean")
+    widths = [max(8, len(name) + 2) for name in columns]
+    lines = ["given  " + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))]
     for name, values in rows.items():
-        cells = [*values.nanmean(dim=0).tolist(), float(values.nanmean())]
-        lines.append(f"{name:<7}" + "".join(f"{'-' if isnan(cell) else f'{cell:.1f}':>8}" for cell in cells))
+        means = [*values.nanmean(dim=0).tolist(), float(values.nanmean())]
+        cells = ["-" if isnan(mean) else f"{mean:.1f}" for mean in means]
+        lines.append(f"{name:<7}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from passion_monai.files import complete_file
 from passion_monai.networks.checkpoints import run_folder
 from passion_monai.presence import write_presence
 
-__all__ = ["read_settings", "trained_grid", "write_run"]
+__all__ = ["read_settings", "trained_settings", "write_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,29 +53,28 @@ def write_run(
     write_presence(folder / "presence.json", list(by_id), presence, modalities=modalities)
 
 
-def trained_grid(
-    weights: str | Path | Sequence[str | Path], *, spacing: Sequence[float], roi_size: Sequence[int]
-) -> dict[str, list[float] | list[int]]:
-    """The spacing and crop that weights were trained with, which predictions need too.
+def trained_settings(weights: str | Path | Sequence[str | Path], **defaults: Any) -> dict[str, Any]:
+    """What predictions need to know of a training, such as its voxel size, crop, sequences and classes.
 
     Args:
-        weights: path of the checkpoint, or of several. ``run.json`` in the folder above the first one's says it.
-        spacing: millimetres of a voxel, where it does not.
-        roi_size: size of the crop, where it does not.
+        weights: path of the checkpoint, or of several. ``run.json`` in the folder above the first one's is read.
+        defaults: the settings to read, each with its value where the file or the entry is missing.
 
     Returns:
-        ``spacing`` and ``roi_size``.
+        The settings, by the names of `defaults`.
 
     Raises:
         ValueError: when ``run.json`` is there and cannot be read.
     """
-    folder = run_folder(weights)
-    grid: dict[str, Any] = {"spacing": list(spacing), "roi_size": list(roi_size)}
-    if (folder / "run.json").is_file():
-        known = read_settings(folder)
-        grid |= {name: known[name] for name in grid if name in known}
-        logger.info(f"spacing {grid['spacing']} mm and roi_size {grid['roi_size']}, as in {folder / 'run.json'}.")
-    return grid
+    path = run_folder(weights) / "run.json"
+    if not path.is_file():
+        return defaults
+    known = read_settings(path.parent)
+    settings = {name: known.get(name, default) for name, default in defaults.items()}
+    other = [f"{name} {value}" for name, value in settings.items() if value != json.loads(json.dumps(defaults[name]))]
+    if other:
+        logger.info(f"As in {path}: {', '.join(other)}.")
+    return settings
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

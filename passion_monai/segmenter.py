@@ -17,8 +17,10 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
+from passion_monai.config import similar_id
 from passion_monai.datasets import discover
 from passion_monai.datasets.cohort import single_case
+from passion_monai.errors import find_words
 from passion_monai.faults import FaultReport
 
 __all__ = ["Segmentation", "Segmenter"]
@@ -57,7 +59,7 @@ class Segmenter:
 
     Raises:
         FileNotFoundError: when the folder is not a bundle.
-        ValueError: when an id is unknown.
+        ValueError: when an id is unknown, or has a value that it cannot have.
 
     Example:
         ``segmenter = Segmenter("bundles/brats_rfnet_passion")``, and then
@@ -76,13 +78,14 @@ class Segmenter:
         known: dict[str, Any] = self._parser.config  # type: ignore[assignment]
         unknown = [name for name in ids if name.split("::")[0] not in known]
         if unknown:
-            raise ValueError(f"{config} has no {unknown}; it has {sorted(known)}.")
+            hints = ", ".join(f"{name} ({similar_id(name.split('::')[0], known)})" for name in unknown)
+            raise ValueError(f"Unknown ids: {hints}. Known are those of {config}.")
         fixed = {"bundle_root": str(self.bundle), "output_dir": str(self._folder), "num_workers": 0}
         self._parser.update({**fixed, **ids, "dataset::data": [{}]})  # one patient at a time
-        for checks in ("settings", "inference_settings", "kept_memory"):
-            self._parser.get_parsed_content(checks)
-        self.modalities = tuple(self._parser.get_parsed_content("modalities"))
-        names, values = (self._parser.get_parsed_content(name) for name in ("class_names", "label_values"))
+        for checks in ("settings", "inference_settings", "temperatures", "kept_memory"):
+            self._get(checks)
+        self.modalities = tuple(self._get("modalities"))
+        names, values = self._get("class_names"), self._get("label_values")
         self.classes = dict(zip(names, values, strict=True))
 
     def discover(self, root: str | Path) -> dict[str, dict[str, str]]:
@@ -92,7 +95,7 @@ class Segmenter:
             FileNotFoundError: when there is none.
             ValueError: when files contradict each other.
         """
-        cases = discover(self._parser.get_parsed_content("spec").name, root)
+        cases = discover(self._get("spec").name, root)
         return {case["case"]: {name: case[name] for name in self.modalities if name in case} for case in cases}
 
     def __call__(self, images: Mapping[str, Image]) -> Segmentation:
@@ -100,24 +103,41 @@ class Segmenter:
 
         Args:
             images: for each available sequence, by name, a path (of a file or the folder of a DICOM series), a nibabel
-                image, or a MetaTensor [H, W, D] or [1, H, W, D].
+                image, or a MetaTensor [H, W, D] or [1, H, W, D]. A sequence that is None is missing.
+
+        Returns:
+            The label image on the grid of the first sequence present, and the record that goes with it.
 
         Raises:
             ValueError: when a name is none of the bundle's sequences, or an image cannot be used; the message says
                 which and why.
         """
+        if not isinstance(images, Mapping):
+            raise ValueError(
+                f"Give the images by the names of their sequences, {list(self.modalities)}; got {images!r}."
+            )
         try:
-            files = {name: str(self._path(name, image)) for name, image in images.items()}
+            given = {name: image for name, image in images.items() if image is not None}
+            files = {name: str(self._path(name, image)) for name, image in given.items()}
             self._run(single_case(files | {"case": "patient"}, self.modalities))
             return self._read()
         finally:  # a server that is killed leaves no patient behind
             for path in self._folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def _get(self, name: str) -> Any:
+        """A part of the bundle's inference; an error of ours in it comes without those of MONAI around it."""
+        try:
+            return self._parser.get_parsed_content(name)
+        except RuntimeError as error:
+            if words := find_words(error):
+                raise ValueError(words) from error
+            raise
+
     def _run(self, case: dict[str, Any]) -> None:
-        faults: FaultReport = self._parser.get_parsed_content("faults")
-        evaluator = self._parser.get_parsed_content("evaluator")
-        self._parser.get_parsed_content("dataset").data = [case]
+        faults: FaultReport = self._get("faults")
+        evaluator = self._get("evaluator")
+        self._get("dataset").data = [case]
         try:
             faults.run(evaluator)
         except ValueError as error:
@@ -132,6 +152,8 @@ class Segmenter:
         if isinstance(image, MetaTensor):
             voxels = image.as_tensor().detach().cpu().to(torch.float32).numpy()
             image = nib.Nifti1Image(voxels.reshape(voxels.shape[-3:]), image.affine.cpu().numpy())
+        if not isinstance(image, nib.spatialimages.SpatialImage):
+            raise ValueError(f"{name} must be a path, a nibabel image or a MetaTensor, got {type(image).__name__}.")
         path = self._folder / f"{name}.nii.gz"
         nib.save(image, path)
         return path

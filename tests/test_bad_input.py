@@ -665,7 +665,7 @@ def test_what_nnunet_cannot_have_is_named(tmp_path: Path, make_case: MakeCase, b
 
 
 FILES_OF_ONE_CASE = (
-    Bad("another sequence", lambda: {"t3": "x.nii"}, "files must give a path for one or more of"),
+    Bad("another sequence", lambda: {"t3": "x.nii"}, "files: unknown key 't3'"),
     Bad("a text instead of files", lambda: "x.nii", "files must give a path for .* got 'x.nii'"),
     Bad(
         "a name that leads elsewhere",

@@ -107,6 +107,15 @@ def test_weights_are_not_replaced_unless_it_is_asked_for(tmp_path: Path):
     claim_folder(tmp_path, resume=False, overwrite=True)
 
 
+def test_a_training_that_cannot_be_resumed_does_not_replace_weights_that_came_from_elsewhere(tmp_path: Path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.pt").touch()
+    for resume in (False, True):
+        said = refused(lambda resume=resume: claim_folder(tmp_path, resume=resume, overwrite=False), ValueError)
+        assert "--resume" not in said
+    claim_folder(tmp_path, resume=True, overwrite=True)
+
+
 def test_other_processes_of_a_training_fail_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(idist, "get_rank", lambda: 1)
     claim_folder(tmp_path / "there", resume=False, overwrite=False)

@@ -33,7 +33,7 @@ def imported(path: Path) -> Iterator[str]:
         ),
         ("passion_monai.distillation.DistillationOutput", "passion_monai.passes.DistillationOutput"),
         ("passion_monai.evaluation.runs.write_run", "passion_monai.run_record.write_run"),
-        ("passion_monai.evaluation.runs.trained_grid", "passion_monai.run_record.trained_grid"),
+        ("passion_monai.evaluation.runs.trained_settings", "passion_monai.run_record.trained_settings"),
         ("passion_monai.transforms.LoadCased", "passion_monai.transforms.loading.LoadCased"),
         ("passion_monai.transforms.SaveSegmentationd", "passion_monai.transforms.writing.SaveSegmentationd"),
     ],

@@ -179,7 +179,7 @@ def test_a_label_is_kept_with_its_patient_and_is_no_image(server: str, studies: 
         ({"image": "{studies}/datalist.json"}, "none of the studies' patients"),
         (
             {"image": "{studies}", "params": {"images": {"pet": "x.nii.gz"}}},
-            "files must give a path for one or more of",
+            "files: unknown key 'pet'",
         ),
         ({"image": "{studies}", "params": {"images": {"t1": "x.nii.gz"}}}, "it does not exist"),
     ],

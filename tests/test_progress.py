@@ -112,3 +112,10 @@ def test_the_table_is_a_slow_mean():
         ]
         means = [100 * score for score in (*by_region, sum(by_region) / 2)]
         assert [float(cell) for cell in row] == pytest.approx(means, abs=0.06)
+
+
+def test_long_names_stay_apart():
+    names = ("non-enhancing tumour core", "edema")
+    header, *rows = score_table(torch.rand(2, 3 * 2), ("a", "b"), names).splitlines()
+    assert header == "given    non-enhancing tumour core   edema    mean"
+    assert {len(row) for row in rows} == {len(header)}

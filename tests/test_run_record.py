@@ -10,7 +10,7 @@ import pytest
 
 from passion_monai.datasets.phantom import write_phantom
 from passion_monai.presence import read_presence
-from passion_monai.run_record import trained_grid, write_run
+from passion_monai.run_record import trained_settings, write_run
 
 MODALITIES = ("flair", "t1")
 
@@ -62,24 +62,27 @@ SETTINGS = {
     "use_task_mask": True,
     "adaptive_beta": True,
 }
-BUNDLE_GRID: dict[str, Any] = {"spacing": (1.0, 1.0), "roi_size": (80, 80)}
+BUNDLE: dict[str, Any] = {"spacing": [1.0, 1.0], "class_names": ["background", "core"], "regions": {"WT": (1, 2)}}
 
 
-class TestTrainedGrid:
-    def test_is_what_the_training_of_the_weights_had(self, tmp_path: Path) -> None:
-        grid = {"spacing": [2.0, 2.0], "roi_size": [48, 48]}
-        (tmp_path / "run.json").write_text(json.dumps(SETTINGS | grid), encoding="utf-8")
+class TestTrainedSettings:
+    def test_are_those_of_the_weights(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO")
+        trained = {"spacing": [2.0, 2.0], "class_names": ["background", "tumour"], "regions": {"WT": [1, 2]}}
+        (tmp_path / "run.json").write_text(json.dumps(SETTINGS | trained), encoding="utf-8")
         weights = tmp_path / "models" / "model.pt"
-        assert trained_grid(weights, **BUNDLE_GRID) == grid
-        assert trained_grid([weights, "elsewhere/models/model.pt"], **BUNDLE_GRID) == grid
+        assert trained_settings(weights, **BUNDLE) == trained
+        assert trained_settings([weights, "elsewhere/models/model.pt"], **BUNDLE) == trained
+        said = f"As in {tmp_path / 'run.json'}: spacing [2.0, 2.0], class_names ['background', 'tumour']."
+        assert caplog.messages == [said] * 2  # nothing of what is the bundle's
 
-    def test_is_the_bundles_where_nothing_is_known(self, tmp_path: Path) -> None:
-        expected = {"spacing": [1.0, 1.0], "roi_size": [80, 80]}
-        assert trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID) == expected
+    def test_are_the_bundles_where_nothing_is_known(self, tmp_path: Path) -> None:
+        weights = tmp_path / "models" / "model.pt"
+        assert trained_settings(weights, **BUNDLE) == BUNDLE
         (tmp_path / "run.json").write_text(json.dumps(SETTINGS), encoding="utf-8")  # of an earlier version
-        assert trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID) == expected
+        assert trained_settings(weights, **BUNDLE)["spacing"] == [1.0, 1.0]
 
     def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{", encoding="utf-8")
         with pytest.raises(ValueError, match=r"run\.json cannot be read as JSON"):
-            trained_grid(tmp_path / "models" / "model.pt", **BUNDLE_GRID)
+            trained_settings(tmp_path / "models" / "model.pt", **BUNDLE)

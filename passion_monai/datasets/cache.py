@@ -65,7 +65,7 @@ class FileCacheDataset(PersistentDataset):
         missing = [item for item in [*self.data[start:], *self.data[:start]] if not self._path(item).is_file()]
         if not missing:
             return []
-        logger.info(f"{len(missing)} of {len(self.data)} cases are preprocessed, into {self.cache_dir}.")
+        logger.info(f"Preprocessing {len(missing)} of {len(self.data)} cases into {self.cache_dir}.")
         with ThreadPool(max(num_workers, 1)) as pool:
             done = tqdm(pool.imap_unordered(self._try, missing), total=len(missing), desc="Preprocessing", unit="case")
             return sorted(fault for fault in done if fault is not None)

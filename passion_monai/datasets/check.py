@@ -70,11 +70,15 @@ def check_dataset(
         logger.info(f"{section}: {_summary(members, modalities)}")
     for name, unit in (("shape", "voxels"), ("spacing", "mm")):
         logger.info(f"{name} of {len(grids)} cases that can be read: {_range([grid[name] for grid in grids])} {unit}")
+    unvalidated = [name for name, n in modality_counts(cases.get("validation", []), modalities).items() if not n]
+    if "validation" in cases and unvalidated:
+        logger.warning(f"No validation case has {', '.join(unvalidated)}: the best weights are chosen without them.")
     raise_faults(
         faults,
         others=_absent_modalities(cases.get("training", []), modalities, datalist),
         outcome=f"Mend or remove these; the other {len(grids)} cases are in order.",
     )
+    logger.info(f"All {len(grids)} cases can be used.")
 
 
 def _absent_modalities(cases: Sequence[dict[str, Any]], modalities: Sequence[str], datalist: str | Path) -> list[str]:

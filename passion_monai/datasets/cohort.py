@@ -190,7 +190,10 @@ def inference_cases(
 def _simulate(cases: Sequence[Case], rates: Sequence[float], modalities: Sequence[str], seed: int) -> list[Case]:
     """The cases with rows of a presence matrix that is drawn for them."""
     if not isinstance(rates, (list, tuple)) or len(rates) != len(modalities):
-        raise ValueError(f"missing_rates must be a list of one rate for each of {list(modalities)}, got {rates!r}.")
+        raise ValueError(
+            f"missing_rates must be a list of one rate for each of {list(modalities)}, got {rates!r}. For a cohort "
+            "that really lacks sequences, use --simulate_missing False instead."
+        )
     return apply_presence(cases, simulate_presence(len(cases), rates, seed=seed), modalities)
 
 
@@ -241,7 +244,10 @@ def single_case(files: Mapping[str, str], modalities: Sequence[str]) -> Case:
     Raises:
         ValueError: when `files` names something else, or the name is none for a file.
     """
-    if not isinstance(files, Mapping) or set(files) - {*modalities, "case"} or not set(files) & set(modalities):
+    unknown = sorted(map(str, set(files) - {*modalities, "case"})) if isinstance(files, Mapping) else []
+    if unknown:
+        raise ValueError(f"files: unknown key {unknown[0]!r}; the keys are {[*modalities, 'case']}, case is the name.")
+    if not isinstance(files, Mapping) or not set(files) & set(modalities):
         raise ValueError(f"files must give a path for one or more of {list(modalities)}, got {files!r}.")
     first = next(Path(files[name]) for name in modalities if name in files)
     case = {"case": strip_extension(split_volume(first)[0].name), **files}

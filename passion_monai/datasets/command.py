@@ -129,7 +129,7 @@ def _next_step(splits: Mapping[str, Sequence[Case]], spec: DatasetSpec, datalist
     # Complete cases of a known data set may have sequences hidden, as in the paper.
     whole = spec.name == known and min(counts.values()) == len(training)
     return (
-        "Train on it by (first with check in place of training, which reads all files)\n"
+        "Train on it with this command; with `check` in place of `training`, it only reads and checks all files:\n"
         f"python -m monai.bundle run training --config_file {configs}/train.yaml \\\n"
         f"    --datalist {_quoted(datalist)} --output_dir {_quoted(f'runs/{datalist.stem}')}"
         f"{'' if whole else ' --simulate_missing False'}{ids}"

@@ -158,7 +158,10 @@ def read_datalist(
     content = _load(path, section)
     absent = [modality for modality in modalities if modality not in content["modalities"]]
     if absent:
-        raise ValueError(f"{path} has the modalities {content['modalities']}, but {absent[0]!r} is asked for.")
+        raise ValueError(
+            f"{path} has the modalities {content['modalities']}, but {absent[0]!r} is asked for; give --modalities "
+            "with those to use."
+        )
     folder = _root(path, content["root"] if root is None else root)
     cases, problems = [], []
     for entry in content[section]:
@@ -212,7 +215,12 @@ def _load(path: Path, section: str) -> dict[str, Any]:
         )
     filled = {name: content[name] for name in sections if content.get(name)}
     if section not in filled:
-        raise ValueError(f"{path} has no case in section {section!r}; the sections with cases are {list(filled)}.")
+        remedy = (
+            "All cases have labels: add --section test to segment the test cases. " if section == "inference" else ""
+        )
+        raise ValueError(
+            f"{path} has no case in section {section!r}. {remedy}The sections with cases are {list(filled)}."
+        )
     _check_unique(path, filled)
     return content
 

@@ -185,8 +185,8 @@ def _report_unknown(
         ", ".join(f"{_shown(pattern)} ({key})" for pattern, key in naming.keys.items()) for naming in namings
     )
     remedy = (
-        f"Names are {names}; case matters. Rename the images that are one of these, or assign them in a datalist, "
-        "which python -m passion_monai.datasets.patterns writes (for a single patient, use files)"
+        f"Names are {names}; case matters. Rename the images that are one of these, or assign them by "
+        "--modality NAME=PATTERN of python -m passion_monai.datasets.patterns (for a single patient, use files)"
     )
     folders = {file.path.parent for file in known}
     doubtful = [path for path in unknown if path.parent in folders and not _DERIVED.search(strip_extension(path.name))]

@@ -16,7 +16,14 @@ from passion_monai.networks.checkpoints import checkpoint_paths, run_folder
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FILE_NAME", "checksum", "evaluation_folder", "read_expected_scores", "write_expected_scores"]
+__all__ = [
+    "FILE_NAME",
+    "check_replaceable",
+    "checksum",
+    "evaluation_folder",
+    "read_expected_scores",
+    "write_expected_scores",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,24 @@ def checksum(weights: str | Path | Sequence[str | Path]) -> str | None:
 def evaluation_folder(weights: str | Path | Sequence[str | Path]) -> Path:
     """Where the evaluation of a run puts its files: ``evaluation`` beside the folder of the (first) weights."""
     return run_folder(weights) / "evaluation"
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuse to evaluate into a bundle whose weights came with the scores of a cross-validation.
+
+    Args:
+        folder: where the evaluation puts its files.
+
+    Raises:
+        ValueError: when the scores there belong to weights that a bundle's ``weights.json`` is about.
+    """
+    bundle = Path(folder).parent
+    weights = bundle / "models" / "model.pt"
+    if (bundle / "weights.json").is_file() and read_expected_scores(weights) is not None:
+        raise ValueError(
+            f"{Path(folder) / FILE_NAME} came with the weights of the bundle, and would be replaced. Give another "
+            f"--output_dir; to evaluate these weights, also --ckpt_path {weights}."
+        )
 
 
 def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha256: str | None, data: str) -> None:

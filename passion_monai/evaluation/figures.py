@@ -63,7 +63,7 @@ def plot_training(training_csv: str | Path) -> Figure:
     axes[0, 1].axhline(0, color=GREY, linewidth=1, zorder=1)
     axes[0, 1].set(title="Relative preference", ylabel="relative preference\n(below 0: neglected)")
     _plot_by_modality(axes[1, 0], log, modalities, column="beta_")
-    axes[1, 0].set(title="Weight of each modality", ylabel="beta")
+    axes[1, 0].set(title="Beta, the weight of each modality", ylabel="beta")
     _plot_validation(axes[1, 1], log)
     for ax in axes.flat:
         ax.set_xlabel("epoch")
@@ -108,7 +108,7 @@ def plot_overlay(
     """One slice of a case: what the network was given, the label and the prediction.
 
     Label and prediction lie over the first modality present. The slice is the one along the last axis with the most
-    label (with the most prediction, if there is no label or it is empty).
+    label (with the most prediction, if there is no label or it is empty), without the empty border of the images.
 
     Args:
         images: volume [H, W, D] of each of the M modalities by name; that of an absent modality is not looked at.
@@ -127,7 +127,7 @@ def plot_overlay(
     _check_overlay(volumes, maps, spacing)
     counted = maps["label"] if label is not None and maps["label"].any() else maps["prediction"]
     index = int(np.count_nonzero(counted, axis=(0, 1)).argmax())
-    slices = {name: volume[:, :, index].T for name, volume in (volumes | maps).items()}
+    slices = _without_border({name: volume[:, :, index].T for name, volume in (volumes | maps).items()})
 
     columns = [*images, *maps]
     figure = Figure(figsize=(2.2 * len(columns), 3.2), layout="constrained")
@@ -170,8 +170,27 @@ def plot_prediction(record_file: str | Path, *, label_file: str | Path | None = 
         spacing=[float(size) for size in image.header.get_zooms()[:_VOLUME_NDIM]],
         class_names=list(record["labels"]),
     )
-    figure.suptitle(record["case"])
+    figure.suptitle("\n".join([f"{record['case']} (right in the image is the patient's right)", *_expected(record)]))
     return figure
+
+
+def _expected(record: Mapping[str, Any]) -> list[str]:
+    """The scores to expect of a prediction, in words, if they are known."""
+    regions = (record.get("expected_scores") or {}).get("regions", {})
+    scores = [f"{name} {100 * metrics['dice']['mean']:.0f} %" for name, metrics in regions.items()]
+    return [f"Dice to expect: {', '.join(scores)}"] if scores else []
+
+
+def _without_border(slices: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """Slices without the rows and columns at their border in which none has more than one value."""
+    first, last = [0, 0], list(next(iter(slices.values())).shape)
+    for axis in range(2):
+        others = tuple(a for a in range(2) if a != axis)
+        used = np.any([values.max(axis=others) != values.min(axis=others) for values in slices.values()], axis=0)
+        if used.any():
+            indices = np.flatnonzero(used)
+            first[axis], last[axis] = max(indices[0] - 2, 0), indices[-1] + 3
+    return {name: values[first[0] : last[0], first[1] : last[1]] for name, values in slices.items()}
 
 
 def _classes(volume: NDArray, values: Sequence[int]) -> NDArray:
@@ -232,7 +251,7 @@ def _plot_dice(ax: Axes, scores: pd.DataFrame, names: Sequence[str]) -> None:
         marker = _MARKERS[index % len(_MARKERS)]
         ax.vlines(x, low, high, color=colour(index), alpha=0.5, linewidth=2)
         ax.plot(x, middle, marker, color=colour(index), markersize=6, label=region)
-    ax.set(ylim=(0, 102), ylabel="Dice [%]", title="Dice per modality combination: mean and middle half of the cases")
+    ax.set(ylim=(-3, 103), ylabel="Dice [%]: mean, middle half of the cases", title="Dice per combination")
     ax.legend(title="region", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.tick_params(axis="x", length=0)
     tidy(ax)
@@ -272,7 +291,7 @@ def _plot_image(ax: Axes, image: NDArray | None, shape: tuple[int, ...], *, aspe
     """A grey image, or an empty panel of its size."""
     if image is None:
         ax.imshow(np.zeros(shape), cmap=ListedColormap([LIGHT_GREY]), origin="lower", aspect=aspect)
-        ax.text(0.5, 0.5, "not acquired", transform=ax.transAxes, ha="center", va="center", color="0.25")
+        ax.text(0.5, 0.5, "not given", transform=ax.transAxes, ha="center", va="center", color="0.25")
         return
     low, high = np.percentile(image, (1, 99.5))
     ax.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)

@@ -29,7 +29,7 @@ from passion_monai.claim import lock_folder
 from passion_monai.evaluation.calibration import expected_calibration_error
 from passion_monai.evaluation.case_scores import score_case
 from passion_monai.evaluation.dice import CombinationDiceMetric
-from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
+from passion_monai.evaluation.expected import FILE_NAME, check_replaceable, checksum, write_expected_scores
 from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.lesions import check_panoptica
 from passion_monai.evaluation.score_files import ScoreFiles
@@ -86,7 +86,8 @@ class CombinationScores:
         ImportError: when lesions are to be scored and the package for it is missing.
         RuntimeError: when another process evaluates into the folder; on attaching it in one of several processes, which
             would write to the same file.
-        ValueError: during the run, when an item lacks something or does not fit.
+        ValueError: when the folder has scores that came with a bundle's weights; during the run, when an item lacks
+            something or does not fit.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class CombinationScores:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
+        check_replaceable(self.output_dir)
         self.modalities = tuple(modalities)
         self.regions = dict(regions)
         self.num_workers = num_workers
@@ -251,6 +253,8 @@ class CombinationScores:
             table += "\n" + calibration_table(errors, modalities=self.modalities)
         with complete_file(path) as unfinished:
             unfinished.write_text(table, encoding="utf-8")
+        means = 100 * scores.groupby("region", sort=False)["dice"].mean()
+        logger.info(f"Mean Dice [%] of all combinations: {', '.join(f'{name} {m:.1f}' for name, m in means.items())}.")
         weights = self.files.settings["weights_sha256"]
         write_expected_scores(expected, scores, weights_sha256=weights, data=self.data)
 

@@ -155,6 +155,11 @@ def transfer_weights(
     report = TransferReport(tuple(name for name in loaded if name not in partial), tuple(partial), fresh)
     matched = _pairs(modalities, pretrained_modalities, matches) + _pairs(classes, pretrained_classes, indices)
     _log(report, target, matched)
+    if None in indices:
+        logger.warning(
+            f"The weights are of the classes {', '.join(pretrained_classes)}: a class of exactly such a name keeps its "
+            "weights, another one starts from scratch."
+        )
     return report
 
 
@@ -275,10 +280,10 @@ def _log(report: TransferReport, target: Mapping[str, Tensor], matched: Sequence
     taken = sum(target[name].numel() for name in (*report.transferred, *report.partial))
     logger.info(
         f"Pretrained weights: {', '.join(matched)}. {len(report.transferred)} of {len(target)} parameters were taken "
-        f"over, {len(report.partial)} in part, together {100 * taken / total:.1f} % of the values."
+        f"over whole, {len(report.partial)} in part; these are {100 * taken / total:.1f} % of the network."
     )
     reasons: dict[str, list[str]] = {}
     for name, reason in report.fresh.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        logger.warning(f"Not transferred, because it {reason}: {', '.join(names)}")
+        logger.warning(f"Not transferred: {len(names)} parameters, such as {names[0]}, each because it {reason}.")

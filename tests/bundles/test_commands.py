@@ -275,7 +275,7 @@ def test_weights_of_patients_get_a_model_card_and_tell_the_scores_of_their_cross
     assert "4 cases: 0a, 0b, 1a, 1b." in card
     assert "400 steps of 1 crop, 48 x 48 x 48 voxels of 2 x 2 x 2 mm" in card
     assert "CC-BY-4.0" in card
-    assert "Cross-validation in 2 folds on 4 cases" in card
+    assert "Cross-validation: 2 networks," in card
     assert re.search(r"\| flair \| 55 \[\d+, \d+\] \| 4 \|", card)
     assert "trained on 4 patients" in json.loads(made["configs/metadata.json"])["description"]
 

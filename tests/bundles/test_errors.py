@@ -26,7 +26,7 @@ MISTAKES: list[tuple[tuple[str, ...], str, dict[str, Any], str]] = [
     (("run", "trainin"), "train", {}, "There is nothing called trainin to run (did you mean training?)."),
     (("run", "check"), "train", {"dataset_dir": "/nowhere"}, "root /nowhere is not a folder"),
     (("run",), "evaluate", {"datalist": "/nowhere.json"}, "Datalist /nowhere.json does not exist"),
-    (("run",), "inference", {"files": "{'t9': 'x.nii'}"}, "files must give a path for one or more of"),
+    (("run",), "inference", {"files": "{'t9': 'x.nii'}"}, "files: unknown key 't9'"),
     (("run",), "inference", {"ckpt_path": "/nowhere.pt"}, "There is no checkpoint /nowhere.pt"),
 ]
 

@@ -45,8 +45,17 @@ def test_it_gives_what_the_command_gives(bundle: Any, trained: Path, tmp_path: P
 def test_what_is_wrong_is_said(one_bundle: Any, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"inference\.yaml does not exist; give the folder of a bundle"):
         Segmenter(tmp_path)
-    with pytest.raises(ValueError, match=r"has no \['checkpoint'\]"):
-        Segmenter(one_bundle.folder, checkpoint="x")
+    with pytest.raises(ValueError, match=r"Unknown ids: save_probabilites \(did you mean save_probabilities\?\)"):
+        Segmenter(one_bundle.folder, save_probabilites=True)
+    with pytest.raises(ValueError, match=r"^There are no temperatures .*calibrate"):
+        Segmenter(one_bundle.folder, calibrated=True, save_probabilities=True)
     segmenter = Segmenter(one_bundle.folder, ckpt_path=str(tmp_path / "model.pt"))
-    with pytest.raises(ValueError, match="files must give a path for one or more of"):
-        segmenter({"pet": "x.nii.gz"})
+    first = segmenter.modalities[0]
+    for images, message in (
+        ({"pet": "x.nii.gz"}, r"files: unknown key 'pet'; the keys are \["),
+        ({first: None}, "files must give a path for one or more of"),
+        ({first: np.zeros((4, 4, 4))}, f"{first} must be a path, a nibabel image or a MetaTensor, got ndarray"),
+        ("x.nii.gz", "Give the images by the names of their sequences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            segmenter(images)

@@ -214,7 +214,15 @@ class TestInferenceCases:
         assert self.cases(files={"t2": "/data/b.nii.gz[1]"})[0]["case"] == "b"
         assert self.cases(files={"t2": "/data/series.1"})[0]["case"] == "series.1"
 
-    @pytest.mark.parametrize("files", [{}, {"case": "x"}, {"t3": "a.nii"}, {"t1": "a.nii", "label": "b.nii"}])
-    def test_refuses_what_is_not_a_modality(self, files: dict[str, str]):
-        with pytest.raises(ValueError, match="files must give a path for one or more of"):
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({}, "files must give a path for one or more of"),
+            ({"case": "x"}, "files must give a path for one or more of"),
+            ({"t3": "a.nii"}, "unknown key 't3'"),
+            ({"t1": "a.nii", "label": "b.nii"}, r"unknown key 'label'; the keys are \[.*'t1'.*'case'\]"),
+        ],
+    )
+    def test_refuses_what_is_not_a_modality(self, files: dict[str, str], message: str):
+        with pytest.raises(ValueError, match=message):
             self.cases(files=files)

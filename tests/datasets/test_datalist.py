@@ -349,7 +349,7 @@ class TestRead:
             ({"train": []}, r"must be an object with \['dataset', 'modalities', 'root'\] .*'train'"),
             ({"training": {"x": 1}}, "section 'training': must be a list of objects"),
             ({"training": ["x"]}, "section 'training': must be a list of objects"),
-            ({"training": []}, r"no case in section 'training'; the sections with cases are \['inference'\]"),
+            ({"training": []}, r"no case in section 'training'\. The sections with cases are \['inference'\]"),
             ({"modalities": "abc"}, "'modalities' must be a list"),
             ({"modalities": ["a", "c"]}, "'b' is asked for"),
             ({"root": None}, "'root' a folder, got .* None"),

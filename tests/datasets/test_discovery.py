@@ -85,7 +85,7 @@ class TestOtherNames:
             "there are 7 other image(s): x/x_a0.nii, x/x_a1.nii, x/x_a2.nii, x/x_a3.nii, x/x_a4.nii, ..." in caplog.text
         )
         assert "Names are *_a (a), *_b (b), *_seg (label)" in caplog.text
-        assert "in a datalist" in caplog.text
+        assert "--modality NAME=PATTERN" in caplog.text
 
     def test_nothing_is_said_where_all_are_known(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.whole(tmp_path)

@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from passion_monai.evaluation.expected import FILE_NAME, checksum, read_expected_scores, write_expected_scores
+from passion_monai.evaluation.expected import (
+    FILE_NAME,
+    check_replaceable,
+    checksum,
+    read_expected_scores,
+    write_expected_scores,
+)
 
 
 def make_scores() -> pd.DataFrame:
@@ -63,6 +69,18 @@ def test_several_networks_have_the_scores_of_their_mean(tmp_path: Path) -> None:
     assert read_expected_scores(both) is not None
     assert read_expected_scores(both[::-1]) is None
     assert read_expected_scores(weights) is None
+
+
+def test_scores_that_came_with_a_bundles_weights_are_not_replaced(tmp_path: Path) -> None:
+    weights = make_run(tmp_path)
+    folder = tmp_path / "evaluation"
+    check_replaceable(folder)
+    (tmp_path / "weights.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"came with the weights .* another --output_dir; .* --ckpt_path .*model\.pt"):
+        check_replaceable(folder)
+    check_replaceable(tmp_path / "elsewhere" / "evaluation")
+    weights.write_bytes(b"of a new training")
+    check_replaceable(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", json.dumps({"weights_sha256": ""})])

@@ -59,7 +59,7 @@ def legend_texts(figure: Figure) -> list[str]:
 def test_training_draws_what_the_log_says(training_csv: Path) -> None:
     figure = plot_training(training_csv)
     loss, preference = axis(figure, "Loss"), axis(figure, "Relative preference")
-    beta, validation = axis(figure, "Weight of each modality"), axis(figure, "Validation")
+    beta, validation = axis(figure, "Beta, the weight of each modality"), axis(figure, "Validation")
     assert lines(loss)[:2] == [[3, 2, 1], [2, 1.5, 0.5]]
     assert len([line for line in loss.lines if line.get_linestyle() == "--" and np.size(line.get_xdata())]) == 3
     assert lines(preference) == [[0.3, 0.1, 0], [0, 0.1, 0], [pytest.approx(-0.3), 0.1, 0], [0, 0]]
@@ -92,7 +92,7 @@ def test_training_of_one_epoch_shows_markers(training_csv: Path) -> None:
     pd.read_csv(training_csv)[:1].to_csv(training_csv, index=False)
     figure = plot_training(training_csv)
     figure.canvas.draw()
-    assert {line.get_marker() for line in axis(figure, "Weight of each modality").lines} == {"o"}
+    assert {line.get_marker() for line in axis(figure, "Beta, the weight of each modality").lines} == {"o"}
     assert axis(figure, "Validation").texts[0].get_text() == "no validation yet"
 
 
@@ -119,7 +119,7 @@ def test_combinations_are_in_order_with_their_means(scores: pd.DataFrame) -> Non
     assert sorted(filled) == np.argwhere(combinations(3)).tolist()
     assert sorted(empty) == np.argwhere(~combinations(3)).tolist()
     assert [label.get_text() for label in lower.get_yticklabels()] == list(MODALITIES)
-    assert upper.get_ylabel() == "Dice [%]"
+    assert upper.get_ylabel() == "Dice [%]: mean, middle half of the cases"
 
 
 def test_combinations_that_no_case_has_are_left_out(scores: pd.DataFrame) -> None:
@@ -158,7 +158,7 @@ def test_overlay_panels_and_legend(overlay: dict[str, Any]) -> None:
     assert [ax.get_title() for ax in figure.axes] == ["x", "y", "z", "label", "prediction"]
     assert legend_texts(figure) == ["two", "three", "outline of the label"]
     texts = {ax.get_title(): [text.get_text() for text in ax.texts] for ax in figure.axes}
-    assert texts == {"x": [], "y": ["not acquired"], "z": [], "label": [], "prediction": []}
+    assert texts == {"x": [], "y": ["not given"], "z": [], "label": [], "prediction": []}
     assert {ax.get_aspect() for ax in figure.axes} == {2.0}
 
 
@@ -179,6 +179,16 @@ def test_overlay_without_label_shows_the_slice_with_most_prediction(overlay: dic
     figure.canvas.draw()
     shown = np.asarray(axis(figure, "x").images[0].get_array())
     np.testing.assert_array_equal(shown, overlay["images"]["x"][:, :, 3].T)
+
+
+def test_overlay_leaves_out_the_air_around_the_head(overlay: dict[str, Any]) -> None:
+    wide = [(9, 20), (7, 11), (0, 0)]
+    pad = lambda volume: None if volume is None else np.pad(volume, wide, constant_values=volume.min())  # noqa: E731
+    overlay["images"] = {name: pad(volume) for name, volume in overlay["images"].items()}
+    figure = plot_overlay(**overlay | {name: pad(overlay[name]) for name in ("label", "prediction")})
+    shown = np.asarray(axis(figure, "x").images[0].get_array())
+    assert shown.shape == (8 + 2 * 2, 6 + 2 * 2)
+    np.testing.assert_array_equal(shown[2:-2, 2:-2], np.arange(192.0).reshape(6, 8, 4)[:, :, 2].T)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +238,7 @@ class TestPredictions:
             "case": "x",
             "files": {"a": str(folder / "a.nii.gz"), "b": None, "c": str(folder / "c.nii.gz")},
             "labels": {"background": 0, "edge": 4, "core": 2},
+            "expected_scores": {"regions": {"whole": {"dice": {"mean": 0.754}}, "core": {"dice": {"mean": 0.5}}}},
         }
         images = [path for path in record["files"].values() if path]
         for path in (*images, folder / "predictions" / "x_seg.nii.gz", folder / "label.nii.gz"):
@@ -242,8 +253,9 @@ class TestPredictions:
         label = tmp_path / "label.nii.gz" if with_label else None
         figure = plot_prediction(self.write(tmp_path), label_file=label)
         titles = [ax.get_title() for ax in figure.axes]
+        assert figure.get_suptitle().endswith("\nDice to expect: whole 75 %, core 50 %")
         assert titles == ["a", "b", "c", *(["label"] if with_label else []), "prediction"]
-        assert [text.get_text() for text in figure.axes[1].texts] == ["not acquired"]
+        assert [text.get_text() for text in figure.axes[1].texts] == ["not given"]
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["edge", "core", *(["outline of the label"] if with_label else [])]
 
