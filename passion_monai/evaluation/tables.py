@@ -236,20 +236,17 @@ def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable
         f"{scores['case'].nunique()} cases. ● the modality is given to the network, ○ it is not. A score is the mean "
         "over the cases that have all the given modalities; Avg. is the mean over the combinations."
     )
-    empties = (
-        f"Of {len(scores)} pairs of masks, both are empty in {both_empty} (Dice 100 %, distance 0 mm) and exactly one "
-        f"in {one_empty} (Dice 0 %, the distance is not defined: the title of each table says what it counts). By the "
-        "convention 'excluded', a case whose label lacks a region is not counted for it, and a distance is the mean "
-        "over the cases in which the prediction has the region too: over fewer, the worse a network is. HD95 is the "
-        "95th percentile of the distances between two surfaces: of each direction, and then the larger one, as the "
-        "BraTS challenge and this project take it; or of both directions together, as MedPy's hd95 and the tables of "
-        "the PASSION paper do (convention 'released'), which is the smaller one. ASSD is the average symmetric surface "
-        "distance."
-    )
+    conventions = f"""\
+- Both masks are empty in {both_empty} of {len(scores)} pairs: Dice 100 %, distance 0 mm.
+- Exactly one is empty in {one_empty}: Dice 0 %; the distance is not defined and counts what its table's title says.
+- Tables marked 'excluded' leave out a case for a region that its label lacks. Their distances are means over the cases
+  in which the prediction has the region too; a network that misses regions is averaged over fewer.
+- HD95 is the 95th percentile of the distances between two surfaces: the larger of the two directions, as in the BraTS
+  challenge, or, in 'released', that of both directions together, as in MedPy and in the paper's tables.
+- ASSD is the average symmetric surface distance."""
     parts = [
         "# Scores per modality combination",
         legend,
-        empties,
         "## Over all combinations: Avg. with its 95 % interval",
         overall_table(scores),
     ]
@@ -258,6 +255,7 @@ def report(scores: pd.DataFrame, *, modalities: Sequence[str], regions: Iterable
             scores, modalities=modalities, regions=regions, metric=metric, exclude_empty=exclude_empty
         )
         parts += [f"## {title}", table]
+    parts += ["## How the scores count", conventions]
     return "\n\n".join(parts) + "\n"
 
 

@@ -73,10 +73,10 @@ def _with_options(text: str) -> Markup:
 
 def _introduction(runs: Sequence[Run]) -> list[str]:
     settings = runs[0].settings
-    about = (
-        f"{len(runs)} runs of {len({run.method for run in runs})} methods on data in the layout of "
-        f"{settings['dataset']}, scored on {runs[0].scores['case'].nunique()} test cases."
-    )
+    cases = {case for run in runs for case in run.scores["case"]}
+    counts = [(len(runs), "run"), (len({run.method for run in runs}), "method"), (len(cases), "test case")]
+    trained, methods, scored = (f"{number} {noun}{'s' * (number > 1)}" for number, noun in counts)
+    about = f"{trained} of {methods} on data in the layout of {settings['dataset']}, scored on {scored}."
     regions = [
         f"{name} ({', '.join(settings['class_names'][k] for k in members)})"
         for name, members in settings["regions"].items()

@@ -148,7 +148,7 @@ def test_report_has_all_tables_and_says_how_empties_count(scores: pd.DataFrame) 
         assert combination_table(scores, metric=metric, exclude_empty=True, **arguments) in text
     assert overall_table(scores) in text
     assert "2 cases." in text
-    assert "Of 6 pairs of masks, both are empty in 1 (Dice 100 %, distance 0 mm) and exactly one in 1" in text
+    assert "- Both masks are empty in 1 of 6 pairs: Dice 100 %, distance 0 mm.\n- Exactly one is empty in 1:" in text
     assert "373.13 mm where exactly one mask is empty" in text
     assert "1 mm where exactly one mask is empty" in text
 

@@ -191,6 +191,7 @@ def test_runs_that_differ_in_their_seed_are_one_method(page: Page) -> None:
     ]
     assert "PHANTOM" in page.text
     assert "7 runs of 4 methods" in page.text
+    assert "scored on 3 test cases." in page.text
 
 
 def test_table_1_has_the_means_of_each_method(page: Page) -> None:
