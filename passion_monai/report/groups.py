@@ -61,12 +61,30 @@ class Group:
             means.loc[means.index[-1], "region"] = AVERAGE
             if by_combination:
                 means = pd.concat([summarise(self.scores, metric.column), means[:-1]])
-            numbers = [name for name in ("mean", "low", "high", "seed_std") if name in means]
-            means[numbers] *= metric.factor
-            tables.append(means.assign(metric=metric.title, sign=metric.sign))
+            tables.append(_shown(means, metric))
+        return self._named(tables)
+
+    def estimates_by_count(self, metric: Metric) -> pd.DataFrame:
+        """Means over all regions and all combinations of as many modalities, see the column ``given``."""
+        counts = self.scores["combination"].str.count(r"\+") + 1
+        tables = []
+        for count, scores in self.scores.groupby(counts):
+            mean = overall(scores, metric.column)[-1:]
+            tables.append(_shown(mean, metric).assign(given=f"{count} of {len(self.first.settings['modalities'])}"))
+        return self._named(tables)
+
+    def _named(self, tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         rates, method, backbone = self.first.rates, self.first.method, self.first.settings["backbone"]
         keys = {"label": self.label, "missing rates": rates, "method": method, "backbone": backbone}
         return pd.concat(tables, ignore_index=True).assign(**keys)
+
+
+def _shown(means: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Means of a metric in the unit of the report."""
+    numbers = [name for name in ("mean", "low", "high", "seed_std") if name in means]
+    return means.assign(
+        **{name: means[name] * metric.factor for name in numbers}, metric=metric.title, sign=metric.sign
+    )
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

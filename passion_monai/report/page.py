@@ -22,7 +22,7 @@ from passion_monai.report.groups import AVERAGE, LESION_METRICS, METRICS, Group,
 from passion_monai.report.runs import BASELINE, Run
 from passion_monai.report.tables import cells, header, is_best, pivot, to_latex, with_interval
 
-__all__ = ["Page", "Section"]
+__all__ = ["INTERVALS", "Page", "Section"]
 
 INTERVALS = (
     "In brackets is the 95 % bootstrap interval over the test cases; ± is the standard deviation of the seeds' means, "

@@ -6,10 +6,10 @@ import pandas as pd
 
 from passion_monai.evaluation.statistics import ALL, compare
 from passion_monai.report.groups import AVERAGE, DICE, Group
-from passion_monai.report.page import Page, Section
+from passion_monai.report.page import INTERVALS, Page, Section
 from passion_monai.report.tables import nothing_bold, with_interval
 
-__all__ = ["ablation", "combinations", "methods", "tests"]
+__all__ = ["ablation", "by_count", "combinations", "methods", "tests"]
 
 _ALPHA = 0.05
 _TICKS = ("pixel", "prototype", "δ", "β")
@@ -49,6 +49,17 @@ def ablation(page: Page) -> Section:
     part = page.estimates("table2", caption, numbers, rows, ["metric", "region"], within)
     text = "What is lost where a part of PASSION is left out, in the layout of the paper's Table 2."
     return Section("ablation", title, text, [part])
+
+
+def by_count(page: Page) -> Section:
+    """Mean Dice by how many modalities are given."""
+    groups = sorted(page.groups, key=page.rates_order)
+    numbers = pd.concat([group.estimates_by_count(DICE) for group in groups], ignore_index=True)
+    rows = ["missing rates", "method", *page.backbone_key()]
+    caption = f"{DICE.title}, mean of all regions and of all combinations of as many modalities. {INTERVALS}"
+    part = page.estimates("by_count", caption, numbers, rows, ["given"], ["missing rates", "backbone", "given"])
+    text = "Whether a method gains where few modalities are given, and what it loses where all are."
+    return Section("by_count", "How many modalities are given", text, [part])
 
 
 def combinations(page: Page) -> Section:

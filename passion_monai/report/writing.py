@@ -22,6 +22,7 @@ __all__ = ["SECTIONS", "write_report"]
 SECTIONS = (
     training.runs,
     scores.methods,
+    scores.by_count,
     scores.ablation,
     scores.combinations,
     scores.tests,

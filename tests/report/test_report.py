@@ -207,6 +207,13 @@ def test_table_1_has_the_means_of_each_method(page: Page) -> None:
     assert first_lines(rows[4], 2)[:3] == ["56.00", "51.00", "53.50"]  # alone with its rates: best of nothing
 
 
+def test_few_and_many_modalities_are_told_apart(page: Page) -> None:
+    names, *rows = page.rows["by_count"]
+    assert names == ["missing rates", "method", "1 of 2", "2 of 2"]
+    assert rows[0][:3] == ["(0.5, 0.25)", "Baseline", "48.50\n[47.50, 49.50]\n± 7.07"]  # 43.5 and 53.5 % from one
+    assert first_lines(rows[1], 2) == ["*68.50", "*83.50"]
+
+
 def test_table_2_ticks_the_parts(page: Page) -> None:
     assert page.rows["table2"][1][:6] == ["missing rates", "pixel", "prototype", "δ", "β", "method"]
     ticks = {tuple(row[:1] + row[5:6]): row[1:5] for row in page.rows["table2"][2:]}
@@ -338,7 +345,8 @@ def test_what_the_runs_lack_is_left_out_and_said(tmp_path: Path) -> None:
         "--calibration",
     ):
         assert remedy in text
-    assert set(page.rows) == {"runs", "table1", "table3_dice", "table3_hd95", "table3_hd95_released", "contributions"}
+    tables = {"runs", "table1", "by_count", "table3_dice", "table3_hd95", "table3_hd95_released", "contributions"}
+    assert set(page.rows) == tables
 
 
 def make_folds(folder: Path, **settings: Any) -> list[str]:
