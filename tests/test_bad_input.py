@@ -434,7 +434,9 @@ DATALISTS = (
     Bad("a section of another name", lambda c: c.update(train=[]), r"list.json must be an object with .*'train'"),
     Bad("no root", lambda c: c.pop("root"), "list.json must be an object with"),
     Bad("a number as root", lambda c: c.update(root=3), "'root' a folder, got .* and 3"),
-    Bad("an empty section", lambda c: c.update(training=[]), "no case in section 'training'; the sections with cases"),
+    Bad(
+        "an empty section", lambda c: c.update(training=[]), r"no case in section 'training'\. The sections with cases"
+    ),
     Bad("a section that is no list", lambda c: c.update(training="x"), "must be a list of objects"),
     Bad("an unknown key of a case", lambda c: c["training"][0].update(seg="s"), r"case 'x': unknown keys \['seg'\]"),
     Bad("a misspelt sequence", lambda c: c["training"][0].update(A="a"), r"case 'x': unknown keys \['A'\], expected"),
