@@ -50,6 +50,7 @@ class TestTraining:
             "dataset": bundle.dataset,
             "phantom": True,
             "backbone": BACKBONES[bundle.name.split("_")[1]].__name__,
+            "label_values": list(spec.label_values),
             "class_names": list(spec.class_names),
             "regions": {name: list(classes) for name, classes in spec.regions.items()},
             "spacing": bundle.small["spacing"],
@@ -122,7 +123,7 @@ class TestTraining:
 class TestEvaluation:
     def test_scores_every_combination(self, bundle: Any, trained: Path):
         log = bundle.succeed("evaluate", output_dir=trained, keep_cases=1, spacing=None, roi_size=None)
-        assert f"spacing {bundle.small['spacing']} mm and roi_size {bundle.small['roi_size']}, as in" in log
+        assert f"run.json: spacing {bundle.small['spacing']}, roi_size {bundle.small['roi_size']}.\n" in log
         rows = read_csv(trained / "evaluation" / "scores.csv")
         datalist = json.loads((trained / "datalist.json").read_text())
         combinations = 2 ** len(datalist["modalities"]) - 1
