@@ -19,7 +19,7 @@ from string import Template
 from typing import Any
 
 import yaml
-from card import model_card
+from card import crop_in_words, model_card
 
 from passion_monai import __version__
 from passion_monai.datasets import DatasetSpec, get_spec
@@ -296,9 +296,8 @@ def _grid_text(weights: Mapping[str, Any] | None) -> str:
     """The grid of weights that were trained on patients, which is not that of the paper."""
     if weights is None:
         return ""
-    spacing, roi_size = (" x ".join(f"{size:g}" for size in weights[key]) for key in ("spacing", "roi_size"))
     return (
-        f"\n\nThe weights in `models/` were trained otherwise, on crops of {roi_size} voxels of {spacing} mm.\n"
+        f"\n\nThe weights in `models/` were trained otherwise, on crops of {crop_in_words(weights)}.\n"
         "Evaluation, inference and fine-tuning take this grid from their `run.json`."
     )
 

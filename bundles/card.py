@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["hub_card", "hub_metadata", "model_card"]
+__all__ = ["crop_in_words", "hub_card", "hub_metadata", "model_card"]
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -32,13 +32,18 @@ def model_card(facts: Mapping[str, Any]) -> str:
     return "\n\n".join(paragraphs) + "\n\n"
 
 
+def crop_in_words(settings: Mapping[str, Any]) -> str:
+    """The crop and voxel size of a training, such as "48 x 48 x 48 voxels of 2 x 2 x 2 mm"."""
+    spacing, roi_size = (" x ".join(f"{size:g}" for size in settings[key]) for key in ("spacing", "roi_size"))
+    return f"{roi_size} voxels of {spacing} mm"
+
+
 def _training(weights: Mapping[str, Any]) -> str:
-    spacing, roi_size = (" x ".join(f"{size:g}" for size in weights[key]) for key in ("spacing", "roi_size"))
     rates = zip(weights["modalities"], weights["missing_rates"], strict=True)
     steps = weights["epochs"] * -(-len(weights["cases"]) // weights["batch_size"])
     return (
         f"Objective `{weights['objective']}`; {steps:,} "
-        f"steps of {weights['batch_size']} crop, {roi_size} voxels of {spacing} mm; learning rate "
+        f"steps of {weights['batch_size']} crop, {crop_in_words(weights)}; learning rate "
         f"{weights['learning_rate']:g}; {weights['precision']}. Hidden: "
         + ", ".join(f"{name} in {rate:.0%} of the cases" for name, rate in rates)
         + "."

@@ -82,10 +82,8 @@ def put_scores(source: Path, folds: Sequence[Path]) -> None:
     runs = read_runs([str(fold) for fold in folds])
     scores = pooled_scores(runs)
     epochs = " or ".join(f"{epochs:,}" for epochs in sorted({run.settings["epochs"] for run in runs}))
-    data = (
-        f"Cross-validation: {len(runs)} networks, each trained in the same way for {epochs} epochs and tested on other "
-    )
-    data += f"patients; {scores['case'].nunique()} test patients in all"
+    data = f"Cross-validation: {len(runs)} networks, each trained in the same way for {epochs} epochs and tested on "
+    data += f"other patients; {scores['case'].nunique()} test patients in all"
     weights_sha256 = checksum(source / "models" / "model.pt")
     write_expected_scores(source / "evaluation" / FILE_NAME, scores, weights_sha256=weights_sha256, data=data)
 

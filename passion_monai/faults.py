@@ -138,8 +138,9 @@ class FaultReport:
         try:
             evaluator.run()
         except Exception as error:
-            if evaluator.state.iteration:
-                logger.error(f"{explain(error)}What was written before is complete; run the same command again.")
+            written = evaluator.state.iteration > 0
+            go_on = "What was written before is complete; run the same command again." if written else ""
+            logger.error(f"{explain(error)}{go_on}".rstrip())
             raise
         raise_faults(self.faults, outcome=f"These are listed in {self.path}; all other cases are complete.")
         logger.info(f"Done. The results are in {self.path.parent}.")

@@ -350,6 +350,18 @@ def test_a_report_names_what_failed_in_its_own_run(tmp_path: Path):
     assert not report.path.exists()
 
 
+@pytest.mark.parametrize("iteration", [0, 3])
+def test_what_ends_a_run_comes_with_its_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture, iteration: int):
+    def fail() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    evaluator: Any = SimpleNamespace(run=fail, state=SimpleNamespace(iteration=iteration))
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        FaultReport(tmp_path / "failed_cases.csv").run(evaluator)
+    assert "try fewer num_workers" in caplog.text
+    assert ("What was written before is complete" in caplog.text) == (iteration > 0)
+
+
 def rotated(affine: np.ndarray, degrees: float = 20) -> np.ndarray:
     turn, angle = np.eye(4), np.deg2rad(degrees)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]

@@ -215,9 +215,8 @@ def _load(path: Path, section: str) -> dict[str, Any]:
         )
     filled = {name: content[name] for name in sections if content.get(name)}
     if section not in filled:
-        remedy = (
-            "All cases have labels: add --section test to segment the test cases. " if section == "inference" else ""
-        )
+        only_labelled = section == UNLABELLED_SECTION and "test" in filled
+        remedy = "All cases have labels: add --section test to segment the test cases. " if only_labelled else ""
         raise ValueError(
             f"{path} has no case in section {section!r}. {remedy}The sections with cases are {list(filled)}."
         )

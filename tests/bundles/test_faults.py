@@ -69,12 +69,14 @@ def spoil(data: Path, case: str) -> None:
     (data / case / f"{case}_t1.nii.gz").write_bytes(b"no image")
 
 
-def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path):
+def test_bad_cases_from_training_to_inference(small: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
     data, out = tmp_path / "data", tmp_path / "out"
     write_phantom("brats", data, **(small.small["phantom"] | {"num_cases": 6}))
     places = {"dataset_dir": str(data), "output_dir": str(out)}
     training = {"run_id": "training", "epochs": 1, "val_interval": 1, **places}
     assert run(small, "train", run_id="check", **places) == ""
+    assert "All 6 cases can be used." in caplog.text
     assert run(small, "train", **training) == ""
     datalist = json.loads((out / "datalist.json").read_text())
     bad, good = (entry["case"] for entry in datalist["test"])

@@ -343,6 +343,16 @@ class TestRead:
         with pytest.raises(ValueError, match=f"list.json: case 'x' is there twice, in 'training' and in '{section}'"):
             read_datalist(write(tmp_path / "list.json", content), "training", modalities=MODALITIES)
 
+    @pytest.mark.parametrize("section", ["training", "test"])
+    def test_without_unlabelled_cases_the_test_cases_can_be_segmented(
+        self, root: Path, tmp_path: Path, section: str
+    ) -> None:
+        content = content_of(root)
+        path = write(tmp_path / "list.json", content | {"inference": [], section: content["training"]})
+        with pytest.raises(ValueError, match="no case in section 'inference'") as error:
+            read_datalist(path, "inference", modalities=MODALITIES)
+        assert ("--section test" in str(error.value)) == (section == "test")
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
