@@ -58,8 +58,8 @@ class Segmenter:
         classes: names of the classes, background first, each with its value in a label image.
 
     Raises:
-        FileNotFoundError: when the folder is not a bundle.
-        ValueError: when an id is unknown, or has a value that it cannot have.
+        FileNotFoundError: when the folder is not a bundle, or there are no weights.
+        ValueError: when an id is unknown, or has a value that it cannot have, or the weights cannot be used.
 
     Example:
         ``segmenter = Segmenter("bundles/brats_rfnet_passion")``, and then
@@ -84,6 +84,7 @@ class Segmenter:
         self._parser.update({**fixed, **ids, "dataset::data": [{}]})  # one patient at a time
         for checks in ("settings", "inference_settings", "temperatures", "kept_memory"):
             self._get(checks)
+        self._get("weights")()  # so that weights that do not fit fail now, not with the first patient
         self.modalities = tuple(self._get("modalities"))
         names, values = self._get("class_names"), self._get("label_values")
         self.classes = dict(zip(names, values, strict=True))

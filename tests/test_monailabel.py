@@ -169,7 +169,7 @@ def test_a_label_is_kept_with_its_patient_and_is_no_image(server: str, studies: 
         kept = requests.put(f"{server}/datastore/label?image={name}", files={"label": file}, timeout=60)
     assert kept.ok, kept.text
     assert (studies / ".monailabel" / "labels" / "final" / f"{name}.nii.gz").is_file()
-    assert len(Segmenter(BUNDLE, ckpt_path="unused").discover(studies)) == 2
+    assert len(Segmenter(BUNDLE).discover(studies)) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from passion_monai.networks.base import Backbone
 from passion_monai.networks.checkpoints import fit_positions, read_state_dict
+from passion_monai.run_record import trained_settings
 
 __all__ = ["TransferReport", "bundle_channels", "load_pretrained", "transfer_weights"]
 
@@ -47,19 +48,24 @@ def load_pretrained(
 
     Args:
         network: the network to train, of the same backbone.
-        bundle: folder of the bundle; its metadata say which modalities and classes the weights are for.
-        weights: file of the weights.
+        bundle: folder of the bundle, whose metadata name its modalities and classes.
+        weights: file of the weights; its training's ``run.json``, if there is one, says which of them it is for.
         modalities: names of the network's modalities.
         classes: names of the network's classes, background first.
         modality_names: the bundle's names of those modalities that it names differently.
     """
+    trained = trained_settings(
+        weights,
+        modalities=bundle_channels(bundle, "inputs", "image"),
+        class_names=bundle_channels(bundle, "outputs", "pred"),
+    )
     return transfer_weights(
         network,
         read_state_dict(weights),
         modalities=modalities,
-        pretrained_modalities=bundle_channels(bundle, "inputs", "image"),
+        pretrained_modalities=trained["modalities"],
         classes=classes,
-        pretrained_classes=bundle_channels(bundle, "outputs", "pred"),
+        pretrained_classes=trained["class_names"],
         modality_names=modality_names,
     )
 

@@ -14,6 +14,8 @@ from monai.data import MetaTensor
 from passion_monai import Segmenter
 from passion_monai.datasets import discover
 
+WITH_WEIGHTS = Path(__file__).parents[2] / "bundles" / "brats_rfnet_passion"
+
 
 @pytest.mark.two_bundles
 def test_it_gives_what_the_command_gives(bundle: Any, trained: Path, tmp_path: Path):
@@ -49,7 +51,11 @@ def test_what_is_wrong_is_said(one_bundle: Any, tmp_path: Path):
         Segmenter(one_bundle.folder, save_probabilites=True)
     with pytest.raises(ValueError, match=r"^There are no temperatures .*calibrate"):
         Segmenter(one_bundle.folder, calibrated=True, save_probabilities=True)
-    segmenter = Segmenter(one_bundle.folder, ckpt_path=str(tmp_path / "model.pt"))
+    with pytest.raises(FileNotFoundError, match=r"^There is no checkpoint .*model\.pt"):
+        Segmenter(one_bundle.folder, ckpt_path=str(tmp_path / "model.pt"))
+    with pytest.raises(ValueError, match="does not fit this MMFormer"):
+        Segmenter(one_bundle.folder, ckpt_path=str(WITH_WEIGHTS / "models" / "model.pt"))
+    segmenter = Segmenter(WITH_WEIGHTS)
     first = segmenter.modalities[0]
     for images, message in (
         ({"pet": "x.nii.gz"}, r"files: unknown key 'pet'; the keys are \["),

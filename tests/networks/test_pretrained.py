@@ -15,6 +15,7 @@ import torch
 from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.networks.pretrained import bundle_channels, load_pretrained, transfer_weights
 
+ROOT = Path(__file__).parents[2]
 SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32},
     "rfnet": {"width": 4},
@@ -207,6 +208,26 @@ def test_weights_come_with_their_bundle(tmp_path: Path, caplog: pytest.LogCaptur
     assert re.search(said, caplog.text)
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_pretrained(target, bundle=tmp_path, weights=tmp_path / "none.pt", **names)
+
+
+def test_weights_trained_on_other_sequences_and_classes_than_the_bundle_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """As a fine-tuning leaves them: their run.json says what they are for."""
+    settings: dict[str, Any] = dict.fromkeys(
+        ("phantom", "dataset", "backbone", "regions", "missing_rates", "seed", "objective", "modality_dropout")
+        + ("lambda_pixel", "lambda_prototype", "use_task_mask", "adaptive_beta", "epochs")
+    )
+    record = settings | {"modalities": ["x", "flair"], "class_names": ["background", "lesion", "cyst"]}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "models").mkdir()
+    weights = tmp_path / "models" / "model.pt"
+    torch.save(build("rfnet", modalities=2).state_dict(), weights)
+    target = build("rfnet", modalities=2, seed=1)
+    names = {"modalities": ["flair", "x"], "classes": ["background", "cyst", "lesion"]}
+    with caplog.at_level(logging.INFO):
+        load_pretrained(target, bundle=ROOT / "bundles" / "brats_rfnet_passion", weights=weights, **names)
+    assert "flair from flair, x from x, background from background, cyst from cyst, lesion from lesion" in caplog.text
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path):
