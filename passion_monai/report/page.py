@@ -22,12 +22,11 @@ from passion_monai.report.groups import AVERAGE, LESION_METRICS, METRICS, Group,
 from passion_monai.report.runs import BASELINE, Run
 from passion_monai.report.tables import cells, header, is_best, pivot, to_latex, with_interval
 
-__all__ = ["INTERVALS", "Page", "Section"]
+__all__ = ["Page", "Section", "sentences"]
 
-INTERVALS = (
-    "In brackets is the 95 % bootstrap interval over the test cases; ± is the standard deviation of the seeds' means, "
-    "where there are several. The best of what is compared is bold."
-)
+_BRACKETS = "In brackets is the 95 % bootstrap interval over the test cases."
+_SPREAD = "± is the standard deviation of the seeds' means, where there are several."
+_BOLD = "The best of what is compared is bold."
 _HD95 = (
     "HD95 is the larger of the two directions' 95th percentiles and counts 373.13 mm where exactly one of prediction "
     "and label is empty, as in the BraTS challenge; 'as in the paper' it is the percentile of both directions' "
@@ -69,7 +68,8 @@ class Page:
         self.groups = grouped(runs)
         lesionwise = all("lesion_dice" in run.scores for run in runs)
         self.metrics = (*METRICS, *(LESION_METRICS if lesionwise else ()))
-        self.conventions = f"{INTERVALS} {_HD95}" + (f" {_LESIONS}" if lesionwise else "")
+        self.intervals = _signs(self.groups)
+        self.conventions = sentences(self.intervals, _HD95, _LESIONS if lesionwise else "")
         self.combinations = [combination_name(row, self.modalities) for row in combinations(len(self.modalities))]
 
     def table(self, name: str, caption: str, numbers: pd.DataFrame, text: pd.DataFrame, bold: pd.DataFrame) -> Markup:
@@ -94,7 +94,7 @@ class Page:
         circles = pd.DataFrame(marks.tolist(), columns=self.modalities, index=numbers.index)
         return self.estimates(
             name,
-            f"{title}. {INTERVALS} {_caption(title)}",
+            sentences(f"{title}.", self.intervals, _caption(title)),
             pd.concat([circles, numbers], axis=1),
             self.modalities,
             columns,
@@ -140,6 +140,19 @@ class Page:
 
     def rates_key(self) -> list[str]:
         return ["missing rates"] if len({run.rates for run in self.runs}) > 1 else []
+
+
+def sentences(*parts: str) -> str:
+    """The parts of a text that are not empty, one after the other."""
+    return " ".join(filter(None, parts))
+
+
+def _signs(groups: Sequence[Group]) -> str:
+    """What brackets, ± and bold mean, of those that the tables of these groups have."""
+    several_cases = any(group.scores["case"].nunique() > 1 for group in groups)
+    several_seeds = any("seed" in group.scores for group in groups)
+    there = {_BRACKETS: several_cases, _SPREAD: several_seeds, _BOLD: len(groups) > 1}
+    return sentences(*(sign for sign, is_there in there.items() if is_there))
 
 
 def _caption(title: str) -> str:

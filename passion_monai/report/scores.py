@@ -6,7 +6,7 @@ import pandas as pd
 
 from passion_monai.evaluation.statistics import ALL, compare
 from passion_monai.report.groups import AVERAGE, DICE, Group
-from passion_monai.report.page import INTERVALS, Page, Section
+from passion_monai.report.page import Page, Section, sentences
 from passion_monai.report.tables import nothing_bold, with_interval
 
 __all__ = ["ablation", "by_count", "combinations", "methods", "tests"]
@@ -56,7 +56,8 @@ def by_count(page: Page) -> Section:
     groups = sorted(page.groups, key=page.rates_order)
     numbers = pd.concat([group.estimates_by_count(DICE) for group in groups], ignore_index=True)
     rows = ["missing rates", "method", *page.backbone_key()]
-    caption = f"{DICE.title}, mean of all regions and of all combinations of as many modalities. {INTERVALS}"
+    title = f"{DICE.title}, mean of all regions and of all combinations of as many modalities."
+    caption = sentences(title, page.intervals)
     part = page.estimates("by_count", caption, numbers, rows, ["given"], ["missing rates", "backbone", "given"])
     text = "Whether a method gains where few modalities are given, and what it loses where all are."
     return Section("by_count", "How many modalities are given", text, [part])

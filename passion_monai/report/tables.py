@@ -111,7 +111,7 @@ def to_latex(text: pd.DataFrame, bold: pd.DataFrame) -> str:
 
 
 def _number(value: float, sign: str = "") -> str:
-    return "-" if pd.isna(value) else f"{value:{sign}.{_DECIMALS}f}"
+    return "-" if pd.isna(value) else f"{round(value, _DECIMALS) + 0.0:{sign}.{_DECIMALS}f}"  # + 0.0: no "-0.00"
 
 
 def _index(keys: pd.DataFrame) -> pd.Index:

@@ -14,6 +14,7 @@ import torch
 
 from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.networks.pretrained import bundle_channels, load_pretrained, transfer_weights
+from passion_monai.run_record import _SETTINGS
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, dict[str, int]] = {
@@ -214,11 +215,7 @@ def test_weights_trained_on_other_sequences_and_classes_than_the_bundle_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     """As a fine-tuning leaves them: their run.json says what they are for."""
-    settings: dict[str, Any] = dict.fromkeys(
-        ("phantom", "dataset", "backbone", "regions", "missing_rates", "seed", "objective", "modality_dropout")
-        + ("lambda_pixel", "lambda_prototype", "use_task_mask", "adaptive_beta", "epochs")
-    )
-    record = settings | {"modalities": ["x", "flair"], "class_names": ["background", "lesion", "cyst"]}
+    record = dict.fromkeys(_SETTINGS) | {"modalities": ["x", "flair"], "class_names": ["background", "lesion", "cyst"]}
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "models").mkdir()
     weights = tmp_path / "models" / "model.pt"

@@ -349,6 +349,19 @@ def test_what_the_runs_lack_is_left_out_and_said(tmp_path: Path) -> None:
     assert set(page.rows) == tables
 
 
+def test_only_signs_that_a_table_has_are_explained(tmp_path: Path) -> None:
+    single = make_run(tmp_path / "single", files=False)
+    change_scores(single, lambda table: table[table["case"] == CASES[0]])
+    runs = [make_run(tmp_path / f"seed{seed}", files=False, seed=seed) for seed in range(2)]
+    other = make_run(tmp_path / "other", files=False, objective="pmr")
+    signs = ("In brackets", "± is", "is bold")
+    for name, some in {"": [single], "[]": [other], "[]±": runs, "[]±b": [*runs, other]}.items():
+        output = tmp_path / f"report {name}"
+        main([*map(str, some), "--output", str(output)])
+        text = Page(output / "index.html").text
+        assert [sign in text for sign in signs] == [sign in name for sign in ("[]", "±", "b")]
+
+
 def make_folds(folder: Path, **settings: Any) -> list[str]:
     """Runs of one method, of which each has scored one of the cases; together they have what `make_run` has."""
     folds = [make_run(folder / case, seed=fold, files=False, **settings) for fold, case in enumerate(CASES)]

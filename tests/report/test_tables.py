@@ -22,6 +22,7 @@ def test_with_interval_leaves_out_what_is_not_there() -> None:
     assert with_interval(NUMBERS)[:2].tolist() == ["50.00\n[40.00, 60.00]", "3.00"]
     assert with_interval(NUMBERS.assign(seed_std=0.5), sign="+")[1] == "+3.00\n± 0.50"
     assert with_interval(NUMBERS.assign(mean=np.nan))[1] == "-"
+    assert with_interval(NUMBERS.assign(mean=-0.001))[1] == "0.00"  # and not -0.00
 
 
 def test_the_best_is_the_highest_or_the_lowest_unless_all_look_the_same() -> None:
