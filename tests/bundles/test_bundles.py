@@ -132,6 +132,13 @@ class TestEvaluation:
         assert {row["region"] for row in rows} == set(get_spec(bundle.dataset).regions)
         assert len(rows) == len(datalist["test"]) * combinations * len({row["region"] for row in rows})
         assert "●" in (trained / "evaluation" / "table.md").read_text()
+        dice = {
+            name: [float(row["dice"]) for row in rows if row["region"] == name]
+            for name in get_spec(bundle.dataset).regions
+        }
+        means = ", ".join(f"{name} {100 * np.mean(values):.1f}" for name, values in dice.items())
+        assert f"Mean Dice [%] of all combinations: {means}." in log
+        assert f"Done. The results are in {trained / 'evaluation'}." in log
         errors = read_csv(trained / "evaluation" / "calibration.csv")
         assert len(errors) == len(datalist["test"]) * combinations
         assert all(0 <= float(row["ece"]) <= 1 for row in errors)
@@ -176,13 +183,14 @@ class TestInference:
         present = [name for name in get_spec(bundle.dataset).modalities if name in first]
         for path in [*(first[name] for name in present[1:]), first["label"], second["label"]]:
             Path(path).unlink()
-        bundle.succeed(
+        log = bundle.succeed(
             "inference",
             output_dir=tmp_path / "out",
             dataset_dir=patients,
             ckpt_path=trained / "models" / "model.pt",
         )
         predictions = tmp_path / "out" / "predictions"
+        assert f"Done. The results are in {predictions}." in log
         record = json.loads((predictions / f"{first['case']}_seg.json").read_text())
         assert [path for path in record["files"].values() if path] == [first[present[0]]]
         assert record["modalities_missing"] == present[1:]
