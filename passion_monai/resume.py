@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import logging
+import multiprocessing
 import signal
 import struct
 import sys
@@ -153,6 +155,7 @@ class LastCheckpoint:
         for loader in (trainer.data_loader, self.validator.data_loader):
             if isinstance(loader, DataLoader):
                 loader.worker_init_fn = functools.partial(_start_worker, then=loader.worker_init_fn)
+        atexit.register(_end_workers)
         with _on_termination(self._terminate):
             try:
                 trainer.run()
@@ -339,7 +342,7 @@ def _check_that_all_read_the_same(content: Mapping[str, Any] | None) -> None:
     """Processes that go on from different positions would train different networks."""
     position = content["position"] if content is not None else {"epochs": 0, "iterations": 0}
     own = torch.tensor([[position["epochs"], position["iterations"]]])
-    if (torch.as_tensor(idist.all_gather(own)) != own.to(idist.device())).any():
+    if (torch.as_tensor(idist.all_gather(own)).cpu() != own).any():  # of a single process it comes as it is
         raise RuntimeError("The processes have read different checkpoints: output_dir must be the same folder for all.")
 
 
@@ -354,6 +357,18 @@ def _on_termination(react: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_workers() -> None:
+    """End what SIGTERM does not: at its exit this process would wait for its workers for ever.
+
+    An error keeps them, since its traceback has the iterator that they belong to.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would notice, and call it a fault
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _start_worker(worker: int, *, then: Callable[[int], None] | None) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -348,6 +349,37 @@ def terminate_all() -> None:
 def test_a_signal_to_the_workers_too_ends_the_training_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert run(tmp_path, at(Events.ITERATION_STARTED, 3, terminate_all), num_workers=2) == -signal.SIGTERM
     assert "0 epochs and 3 iterations. The same command" in capfd.readouterr().err
+
+
+FAILING_DATA = """
+import sys
+from pathlib import Path
+from test_resume import Training
+
+def fail(sample):
+    raise OSError("the file is gone")
+
+training = Training(Path(sys.argv[1]), num_workers=2)
+training.trainer.data_loader.dataset.transform = fail
+training.run()
+"""
+
+
+def test_an_error_of_the_data_ends_the_process_though_its_workers_let_signals_pass(tmp_path: Path):
+    """As a program of its own: only its end waits for the workers."""
+    command = [sys.executable, "-c", FAILING_DATA, str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 1
+    assert "OSError: the file is gone" in result.stderr
+    assert "killed by signal" not in result.stderr
+
+
+def test_a_single_process_starts_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ignite then names the GPU as its device, whatever the training's is."""
+    monkeypatch.setattr("ignite.distributed.device", lambda: torch.device("meta"))
+    Training(tmp_path, epochs=1).run()
 
 
 def test_what_is_drawn_depends_on_seed_process_epoch_and_iteration(monkeypatch: pytest.MonkeyPatch):
