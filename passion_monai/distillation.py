@@ -115,7 +115,8 @@ class SelfDistillation(nn.Module):
         """Where delta of Eq. (11) is 1, bool [B, M]; as the loss finds it too, from the same features."""
         if label is None:
             raise ValueError('own_predictions="neglected" needs the label.')
-        _, gap = PrototypeDistillationLoss(self.backbone.num_classes).of_students(output, label)
+        with autocast(label.device, "float32"):  # as the loss; sums over a crop are too large for float16
+            _, gap = PrototypeDistillationLoss(self.backbone.num_classes).of_students(output, label)
         return task_mask(relative_preference(read_back(gap), output.presence)).bool()
 
     def _run_own_predictions(self, features: Features, rows: Tensor) -> tuple[Tensor | None, ...]:

@@ -98,7 +98,8 @@ def _reweighted(settings: ObjectiveSettings) -> Objective:
 def _baseline(settings: ObjectiveSettings) -> Objective:
     """Eq. (2)."""
     students = "measured" if settings.measure_preference else "none"
-    return Objective(TaskLoss(level_decay=settings.level_decay), students, "all")
+    loss = TaskLoss(measure_preference=settings.measure_preference, level_decay=settings.level_decay)
+    return Objective(loss, students, "all")
 
 
 def _pmr(settings: ObjectiveSettings) -> Objective:

@@ -3,11 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from passion_monai import distillation
 from passion_monai.distillation import SelfDistillation
 from passion_monai.inferers import CombinationInferer, PresenceInferer
 from passion_monai.losses import PassionLoss
+from passion_monai.losses.prototype import PrototypeDistillationLoss
 from passion_monai.networks import BACKBONES, Backbone
 from passion_monai.precision import autocast, check_precision
+from passion_monai.preference import relative_preference
 
 SMALL: dict[str, dict[str, int]] = {
     "mmformer": {"width": 2, "token_channels": 16, "num_heads": 2, "mlp_channels": 32, "dropout_rate": 0},
@@ -44,6 +47,34 @@ def test_a_training_step_in_bfloat16_is_close_and_keeps_float32_weights(name: st
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     assert all(torch.isfinite(gradient).all() and gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.usefixtures("bfloat16")
+@pytest.mark.parametrize("name", BACKBONES)
+def test_no_parameter_loses_its_gradient_in_bfloat16(name: str):
+    """Autocast keeps copies of weights: one that was made without a gradient must not serve what is trained."""
+    trained = [
+        [name for name, parameter in losses(name, precision)[1].named_parameters() if parameter.grad is not None]
+        for precision in ("float32", "bfloat16")
+    ]
+    assert trained[0] == trained[1]
+
+
+def test_what_is_neglected_is_decided_in_float32_as_in_the_loss(monkeypatch: pytest.MonkeyPatch):
+    gaps = []
+
+    def note(gap: torch.Tensor, presence: torch.Tensor) -> torch.Tensor:
+        gaps.append(gap)
+        return relative_preference(gap, presence)
+
+    monkeypatch.setattr(distillation, "relative_preference", note)
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    presence = torch.tensor([[True, True, False], [True, True, True]])
+    label = torch.randint(3, (2, 1, 32, 32), generator=torch.Generator().manual_seed(1))
+    passes = SelfDistillation(build("rfnet"), own_predictions="neglected", precision="bfloat16")
+    output = passes(image, presence, label)
+    _, expected = PrototypeDistillationLoss(3).of_students(output, label)
+    torch.testing.assert_close(gaps, [expected.detach()], rtol=1e-6, atol=0)
 
 
 @torch.no_grad()

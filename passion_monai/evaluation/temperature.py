@@ -100,7 +100,7 @@ class SampleVoxelsd(MapTransform):
         sampled = dict(data)
         label, source = data[self.label_key], data[self.image_key].affine
         for key in self.keys:
-            there = torch.stack([~volume.isnan().all() for volume in torch.as_tensor(data[key])])
+            there = torch.stack([~volume.isnan().all() for volume in torch.as_tensor(data[key])]).cpu()
             # One combination at a time: those of a large case would be gigabytes once more.
             volumes = (resample_probabilities(p, source, label.affine, label.shape[1:]) for p in data[key][there])
             voxels = None

@@ -45,7 +45,7 @@ class PMRLoss(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.lambda_dce = lambda_dce
-        self.task = TaskLoss(level_decay=level_decay)
+        self.task = TaskLoss(measure_preference=True, level_decay=level_decay)
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, output: DistillationOutput, label: Tensor) -> Tensor:

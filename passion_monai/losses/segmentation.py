@@ -140,17 +140,24 @@ class TaskLoss(nn.Module):
     """The Baseline, Eq. (2): L_seg plus DiceCE of each present modality's own prediction, mean over the batch.
 
     Needs `SelfDistillation(..., own_predictions="all")`. After each call `terms` holds, without gradient,
-    ``loss_segmentation`` [B] and ``loss_regularisation`` [B, M] (NaN where absent); and, where there are students, what
-    :func:`measured_preference` gives of them, which has no part in the loss.
+    ``loss_segmentation`` [B] and ``loss_regularisation`` [B, M] (NaN where absent).
 
     Args:
+        measure_preference: add to `terms` what :func:`measured_preference` gives of the students, which has no part in
+            the loss; without, they are not looked at.
         level_decay, probability_floor, upsample_probabilities: see :class:`SegmentationLoss`.
     """
 
     def __init__(
-        self, *, level_decay: float = 1.0, probability_floor: float = 0.0, upsample_probabilities: bool = False
+        self,
+        *,
+        measure_preference: bool = False,
+        level_decay: float = 1.0,
+        probability_floor: float = 0.0,
+        upsample_probabilities: bool = False,
     ) -> None:
         super().__init__()
+        self.measure_preference = measure_preference
         self.segmentation = SegmentationLoss(
             level_decay=level_decay,
             probability_floor=probability_floor,
@@ -165,7 +172,7 @@ class TaskLoss(nn.Module):
             "loss_segmentation": segmentation.detach(),
             "loss_regularisation": absent_as_nan(regularisation, output.own_rows),
         }
-        if any(output.students):
+        if self.measure_preference:  # of each batch, as several processes average the same terms in the same order
             self.terms |= measured_preference(output, label)
         return (segmentation + regularisation.sum(dim=1)).mean()
 

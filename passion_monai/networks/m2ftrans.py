@@ -216,8 +216,10 @@ class FusionTransformer(nn.Module):
         """
         layer = cast(TransformerLayer, self.layers[0])
         queries = slice(-self.num_tokens, None)
+        # With gradients, as the layer itself calls it: autocast may keep a copy of the weights in half precision, and
+        # one made without them would leave the weights untrained.
+        query, key, _ = (part.detach() for part in layer.attention.heads(layer.attention_norm(tokens)))
         with torch.no_grad():
-            query, key, _ = layer.attention.heads(layer.attention_norm(tokens))
             scores = layer.attention.scale * query[:, :, queries] @ key.transpose(2, 3) + score_bias[:, :, queries]
             attention = scores.softmax(dim=-1)  # [B, heads, T, (M + 1) T]
             attention = F.dropout(attention, layer.attention.dropout_rate, self.training)

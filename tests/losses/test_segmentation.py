@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from passion_monai.distillation import SelfDistillation
-from passion_monai.losses import DiceWeightedCELoss, PassionLoss, SegmentationLoss, TaskLoss
+from passion_monai.losses import DiceWeightedCELoss, PassionLoss, PMRLoss, SegmentationLoss, TaskLoss
 from passion_monai.networks import MMFormer
 from passion_monai.networks.base import DecoderOutput
 from passion_monai.passes import DistillationOutput
@@ -116,15 +116,33 @@ def test_task_loss_adds_the_predictions_of_present_modalities():
 
 def test_the_preference_of_the_baseline_is_measured_without_a_part_in_the_loss():
     output, label = small_passes(students="measured")
-    loss = TaskLoss()
+    loss = TaskLoss(measure_preference=True)
     total = loss(output, label)
     assert not any(student.logits.requires_grad for student in output.students if student is not None)
     with_students = PassionLoss(3, 3)
     with_students(output, label)
     for name in ("gap", "relative_preference"):
         torch.testing.assert_close(loss.terms[name], with_students.terms[name], equal_nan=True)
-    torch.testing.assert_close(total, loss(output._replace(students=(None,) * 3), label))
-    assert "gap" not in loss.terms
+    unmeasured = TaskLoss()
+    torch.testing.assert_close(total, unmeasured(output, label))
+    assert "gap" not in unmeasured.terms
+
+
+def test_a_batch_without_students_has_the_same_terms_in_the_same_order():
+    """Processes average them one by one, each with batches of its own."""
+    output, label = small_passes()
+    for loss in (TaskLoss(measure_preference=True), PMRLoss(3)):
+        loss(output, label)
+        names = list(loss.terms)
+        single = torch.eye(3, dtype=torch.bool)
+        none = (None,) * 3
+        alone = DistillationOutput(single, output.fused, none, none, torch.zeros_like(single))
+        loss(alone, label)
+        assert list(loss.terms) == names
+        for name in ("gap", "relative_preference"):
+            values = loss.terms[name]
+            assert torch.equal(values.isnan(), ~single)
+            assert not values[single].any()
 
 
 def small_passes(**settings: str) -> tuple[DistillationOutput, Tensor]:
