@@ -11,7 +11,7 @@ from types import TracebackType
 
 from passion_monai.config import check_switches
 
-__all__ = ["end_with_words", "find_words"]
+__all__ = ["causes", "end_with_words", "find_words"]
 
 _PACKAGE = Path(__file__).parent
 
@@ -38,7 +38,7 @@ def find_words(error: BaseException) -> str:
     MONAI raises an error of its own from ours, one for each component around it; and what ours was raised from says
     less.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         if _can_be_mended(cause):
             written_by_us = isinstance(cause, OSError) and cause.filename is None
             return str(getattr(cause, "strerror", None) or cause) if written_by_us else str(cause)
@@ -58,7 +58,8 @@ def _can_be_mended(error: BaseException) -> bool:
     return ours or about_a_file or misspelt
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -15,6 +15,7 @@ import torch
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
+from passion_monai.errors import causes
 from passion_monai.files import complete_file, make_folder
 
 __all__ = ["FAULT_KEY", "Fault", "FaultReport", "TolerantDataset", "explain", "find_fault", "raise_faults"]
@@ -151,7 +152,7 @@ class FaultReport:
         try:
             return engine._iteration(engine, batch)
         except (MemoryError, RuntimeError, ValueError) as error:
-            if isinstance(error.__cause__, OSError) or _DEAD_WORKER in str(error):
+            if any(isinstance(cause, OSError) for cause in causes(error)) or _DEAD_WORKER in str(error):
                 raise
             return self._skip(engine, find_fault({"case": batch["case"][0]}, error))
 

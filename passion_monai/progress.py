@@ -77,7 +77,7 @@ class TrainingProgress:
         self.modalities = tuple(modalities)
         self.validator = validator
         self.metric = metric
-        self._first_epoch = 0
+        self._epochs_shown = 0
         self._started = self._last = self._validation_started = 0.0
         self._validated = self._foretold = False
 
@@ -89,8 +89,8 @@ class TrainingProgress:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._show)
 
-    def _start(self, engine: Engine) -> None:
-        self._first_epoch = engine.state.epoch  # not 0 in a resumed training
+    def _start(self) -> None:
+        self._epochs_shown = 0  # of this run, which may go on with a later epoch
         self._started = self._last = time.monotonic()
 
     def _start_validation(self) -> None:
@@ -114,7 +114,8 @@ class TrainingProgress:
     def _show(self, engine: Engine) -> None:
         state, now = engine.state, time.monotonic()
         epochs = state.max_epochs or state.epoch
-        left = (now - self._started) / max(state.epoch - self._first_epoch, 1) * (epochs - state.epoch)
+        self._epochs_shown += 1
+        left = (now - self._started) / self._epochs_shown * (epochs - state.epoch)
         names = [name for name in self.loss.terms if name.startswith(_LOSS)]
         terms = ", ".join(f"{name.removeprefix(_LOSS)} {self._mean(state.metrics, name):.3f}" for name in names)
         logger.info(

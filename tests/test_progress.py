@@ -56,9 +56,13 @@ def lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
                 validator.run([0] * cases)
 
         TrainingProgress(Loss(), MODALITIES, validator=validator, metric=metric).attach(trainer)
+
+        @trainer.on(Events.STARTED)
+        def resume(engine: Engine) -> None:  # as the checkpoint does, whose turn comes last
+            engine.state.epoch = engine.state.iteration = first
+
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="passion_monai"):
-            trainer.load_state_dict({"epoch": first, "max_epochs": 4, "epoch_length": 1})
             trainer.run([0], max_epochs=4)
         return [record.message for record in caplog.records if record.name == "passion_monai.progress"]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 import socket
@@ -231,6 +233,21 @@ def test_predictions_and_scores_that_cannot_be_written_end_the_run_and_are_made_
         assert run(small, *settings, **untrained, **more) == ""
     assert len(list((out / "predictions").glob("*_seg.nii.gz"))) == 2
     assert "2 cases." in (out / "evaluation" / "table.md").read_text()
+
+
+def test_a_disk_that_is_full_ends_the_run_at_once(
+    small: Any, untrained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is no fault of the case that is written, and the next one would not fit either."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nib, "save", fail)
+    said = run(small, "inference", **untrained)
+    assert os.strerror(errno.ENOSPC) in said
+    assert "case(s) cannot be used" not in said
+    assert list((tmp_path / "out" / "predictions").glob("failed_cases.csv")) == []
 
 
 @pytest.fixture
