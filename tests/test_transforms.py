@@ -286,6 +286,16 @@ class TestRestoreClassesd:
         assert result[0].unique().tolist() == [-1]
         assert result[1].unique().tolist() == [0]
 
+    @pytest.mark.parametrize(("combinations", "voxels"), [(False, "all"), (False, "one"), (True, "all"), (True, "one")])
+    def test_a_network_that_puts_out_nan_is_refused(self, make_case: MakeCase, combinations: bool, voxels: str):
+        """Not taken for background, nor for a combination that the case does not have."""
+        data = pipeline()(make_case())
+        probabilities = torch.full((3, *data["image"].shape[1:]), torch.nan if voxels == "all" else 0.3)
+        probabilities[:, 3, 3, 3] = torch.nan
+        given = probabilities.repeat(2, 1, 1, 1, 1) if combinations else probabilities
+        with pytest.raises(ValueError, match="The network puts out NaN"):
+            RestoreClassesd()(data | {"pred": given})
+
     def test_confidence_is_that_of_the_most_likely_class(self, make_case: MakeCase):
         data = pipeline()(make_case())
         probabilities = torch.rand(3, 3, *data["image"].shape[1:], generator=torch.Generator().manual_seed(0))

@@ -6,11 +6,11 @@ import argparse
 import graphlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -19,11 +19,13 @@ from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from monai.data.utils import affine_to_spacing
+from monai.transforms import Orientation
 from numpy.typing import ArrayLike, NDArray
 
 from passion_monai.evaluation.tables import read_scores
-from passion_monai.files import split_volume
 from passion_monai.presence import parse_combination
+from passion_monai.transforms import AlignModalitiesd, LoadCased
 
 __all__ = ["main", "plot_combinations", "plot_overlay", "plot_prediction", "plot_training"]
 
@@ -33,6 +35,12 @@ _OUTLINE = "#F0E442"
 GREY, LIGHT_GREY = "0.45", "0.9"
 _MARKERS = "os^Dv"
 PREFERENCE = "relative_preference_"
+_BETA = "beta_"
+_BY_MODALITY = (PREFERENCE, "loss_regularisation_")
+_NOT_LOGGED = {
+    PREFERENCE: "not measured: train with --measure_preference True",
+    _BETA: "this objective has no beta",
+}
 _VOLUME_NDIM = 3
 DPI = 150
 _FEW_EPOCHS = 30
@@ -49,12 +57,15 @@ def plot_training(training_csv: str | Path) -> Figure:
         ValueError: when the log is not one, or has no epoch.
     """
     log = pd.read_csv(training_csv)
-    modalities = [column.removeprefix(PREFERENCE) for column in map(str, log) if column.startswith(PREFERENCE)]
+    found = [
+        column.removeprefix(start) for start in _BY_MODALITY for column in map(str, log) if column.startswith(start)
+    ]
+    modalities = list(dict.fromkeys(found))
     required = ("epoch", "loss", "loss_segmentation")
     if not {*required} <= {*log} or log.empty or not modalities:
         raise ValueError(
-            f"{training_csv}: a training log has the columns {required} and {PREFERENCE}<modality> and "
-            f"a row per epoch, got {len(log)} rows of {list(log)}."
+            f"{training_csv}: a training log has the columns {required}, {' or '.join(_BY_MODALITY)} with the names of "
+            f"modalities, and a row per epoch, got {len(log)} rows of {list(log)}."
         )
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -62,7 +73,7 @@ def plot_training(training_csv: str | Path) -> Figure:
     _plot_by_modality(axes[0, 1], log, modalities, column=PREFERENCE)
     axes[0, 1].axhline(0, color=GREY, linewidth=1, zorder=1)
     axes[0, 1].set(title="Relative preference", ylabel="relative preference\n(below 0: neglected)")
-    _plot_by_modality(axes[1, 0], log, modalities, column="beta_")
+    _plot_by_modality(axes[1, 0], log, modalities, column=_BETA)
     axes[1, 0].set(title="Beta, the weight of each modality", ylabel="beta")
     _plot_validation(axes[1, 1], log)
     for ax in axes.flat:
@@ -156,18 +167,21 @@ def plot_prediction(record_file: str | Path, *, label_file: str | Path | None = 
         record_file: the ``<case>_seg.json`` beside a prediction that
             :class:`passion_monai.transforms.SaveSegmentationd` wrote.
         label_file: the patient's label file, if there is one.
+
+    Raises:
+        ValueError: when a file cannot be read; the message names it.
     """
     record_file = Path(record_file)
     record = json.loads(record_file.read_text(encoding="utf-8"))
     values = list(record["labels"].values())
-    image = nib.as_closest_canonical(nib.load(record_file.with_suffix(".nii.gz")))
-    volumes = {name: None if path is None else _read_volume(path) for name, path in record["files"].items()}
+    files = {"prediction": record_file.with_suffix(".nii.gz"), **record["files"], "label": label_file}
+    volumes, spacing = _read_volumes(record["case"], {name: path for name, path in files.items() if path is not None})
     figure = plot_overlay(
-        volumes,
-        [volume is not None for volume in volumes.values()],
-        None if label_file is None else _classes(_read_volume(label_file), values),
-        prediction=_classes(np.asarray(image.dataobj), values),
-        spacing=[float(size) for size in image.header.get_zooms()[:_VOLUME_NDIM]],
+        {name: volumes.get(name) for name in record["files"]},
+        [name in volumes for name in record["files"]],
+        _classes(volumes["label"], values) if "label" in volumes else None,
+        prediction=_classes(volumes["prediction"], values),
+        spacing=spacing,
         class_names=list(record["labels"]),
     )
     figure.suptitle("\n".join([f"{record['case']} (right in the image is the patient's right)", *_expected(record)]))
@@ -198,11 +212,16 @@ def _classes(volume: NDArray, values: Sequence[int]) -> NDArray:
     return np.select([volume == value for value in values], range(len(values)))
 
 
-def _read_volume(path: str | Path) -> NDArray:
-    """A NIfTI volume with axes to the right, to the front and up."""
-    file, volume = split_volume(path)
-    voxels = np.asarray(nib.as_closest_canonical(nib.load(file)).dataobj)
-    return voxels if volume is None else voxels[..., volume]
+def _read_volumes(case: str, files: Mapping[str, str | Path]) -> tuple[dict[str, NDArray], list[float]]:
+    """Volumes on the grid of the first, with axes to the right, to the front and up; and the size of their voxels."""
+    load, turn = LoadCased([*files]), Orientation(axcodes="RAS", labels=None)
+    images = {name: load.read({"case": case, **files}, name) for name in files}
+    align = AlignModalitiesd([name for name in files if name != "label"], label_key="label", on_mismatch="resample")
+    turned: dict[str, Any] = {
+        name: turn(image) for name, image in align({"case": case, **images}).items() if name in files
+    }
+    spacing = affine_to_spacing(turned[next(iter(files))].affine)
+    return {name: image[0].numpy() for name, image in turned.items()}, [float(size) for size in spacing]
 
 
 def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None:
@@ -219,10 +238,12 @@ def _plot_losses(ax: Axes, log: pd.DataFrame, modalities: Sequence[str]) -> None
 def _plot_by_modality(
     ax: Axes, log: pd.DataFrame, modalities: Sequence[str], *, column: str, linestyle: str = "-"
 ) -> None:
+    known = [modality for modality in modalities if column + modality in log]
+    if not known and column in _NOT_LOGGED:
+        ax.text(0.5, 0.6, _NOT_LOGGED[column], transform=ax.transAxes, ha="center", color=GREY)
     for index, modality in enumerate(modalities):
-        if column + modality not in log:  # without the preference handler there is no beta, for example
-            continue
-        ax.plot(log["epoch"], log[column + modality], linestyle, color=colour(index), **_style(log))
+        if modality in known:
+            ax.plot(log["epoch"], log[column + modality], linestyle, color=colour(index), **_style(log))
 
 
 def _style(log: pd.DataFrame) -> dict[str, Any]:
@@ -333,11 +354,13 @@ def _prediction_figures(run_dir: Path) -> dict[str, Figure]:
             for case in cases
             if isinstance(case, dict) and "label" in case
         }
-    records = sorted((run_dir / "predictions").glob("*_seg.json"))[:_FEW_PREDICTIONS]
-    return {
-        f"{path.stem}.png": plot_prediction(path, label_file=labels.get(path.stem.removesuffix("_seg")))
-        for path in records
-    }
+    figures = {}
+    for path in sorted((run_dir / "predictions").glob("*_seg.json"))[:_FEW_PREDICTIONS]:
+        try:
+            figures[f"{path.stem}.png"] = plot_prediction(path, label_file=labels.get(path.stem.removesuffix("_seg")))
+        except ValueError as error:  # of files that were moved since, for example
+            print(f"{path.stem}.png is left out: {error}", file=sys.stderr)  # noqa: T201
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -61,18 +61,23 @@ class LoadCased(MapTransform):
         loaded = dict(data)
         present = present_modalities(data, self.keys)
         for key in present:
-            loaded[key] = self._read(data, key)
+            loaded[key] = self.read(data, key)
             if loaded[key].min() == loaded[key].max():
                 raise ValueError(
                     f"{where(data, key)} is {float(loaded[key].min())} everywhere; give the right file or remove the "
                     "entry, so that the modality counts as missing."
                 )
         if self.label_key in data:
-            loaded[self.label_key] = self._read(data, self.label_key)
+            loaded[self.label_key] = self.read(data, self.label_key)
         loaded["files"] = {key: str(data[key]) for key in present}
         return loaded
 
-    def _read(self, data: Data, key: Hashable) -> MetaTensor:
+    def read(self, data: Data, key: Hashable) -> MetaTensor:
+        """One of a case's files, float32 [1, H, W(, D)].
+
+        Raises:
+            ValueError: when it cannot be used, see above; but it may be the same everywhere.
+        """
         try:
             image = self._load(str(data[key]))
         except MemoryError:

@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 _ON_GRID = 0.5  # of a voxel's interpolation weights lie on the network's grid: its centre does
+_NO_NUMBERS = (
+    "The network puts out NaN: its weights have diverged or are damaged, or float16 is too small for it. Try other "
+    "weights, or --precision float32."
+)
 FULL_CONFIDENCE = 32767
 """The int16 that stands for a confidence of 1. A byte would be off by 0.002, as much as a calibration error may be."""
 
@@ -47,9 +51,12 @@ class RestoreClassesd(MapTransform):
         modalities: names of the M modalities, if there are temperatures.
 
     Shape:
-        - Output: int16 [1, ...] or [P, ...]; -1 everywhere for a combination whose probabilities are NaN.
+        - Output: int16 [1, ...] or [P, ...]; -1 everywhere for a combination whose probabilities are all NaN.
         - Confidence: int16, the same; from 1 to `FULL_CONFIDENCE`, and 0 for what the network did not see.
         - Probabilities: float32 [K, ...], of a single combination; outside the cropped region those of background.
+
+    Raises:
+        ValueError: when all combinations are NaN, or a part of one is.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class RestoreClassesd(MapTransform):
         for key in self.key_iterator(restored):
             single = data[key].ndim == image.ndim
             volumes = data[key][None] if single else data[key]
+            if all(_is_absent(volume) for volume in volumes):
+                raise ValueError(_NO_NUMBERS)
             scales = self._scales(data, single=single) if self.temperatures else [None] * len(volumes)
             parts = [
                 self._restore(volume, scale, image.affine, affine, shape)
@@ -107,16 +116,23 @@ class RestoreClassesd(MapTransform):
         self, probabilities: Tensor, temperature: float | None, source: Tensor, affine: Tensor, shape: Sequence[int]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Class map and, if they are wanted, its confidence and the calibrated one."""
-        if bool(plain(probabilities).isnan().all()):
+        if _is_absent(probabilities):
             absent = torch.full(tuple(shape), -1, dtype=torch.int16)
             return absent, torch.zeros_like(absent), torch.zeros_like(absent)
         moved = resample_probabilities(probabilities, source, affine, shape)
+        if moved.isnan().any():
+            raise ValueError(_NO_NUMBERS)
         classes = moved.argmax(dim=0).to(torch.int16)
         if self.confidence_key is None:
             return classes, None, None
         unknown = torch.zeros_like(classes)
         calibrated = unknown if temperature is None else _confidence(_tempered(moved, temperature), seen_voxels(moved))
         return classes, _confidence(moved, seen_voxels(moved)), calibrated
+
+
+def _is_absent(probabilities: Tensor) -> bool:
+    """Whether these are of a combination that the case does not have."""
+    return bool(plain(probabilities).isnan().all())
 
 
 def resample_probabilities(probabilities: Tensor, source: Tensor, affine: Tensor, shape: Sequence[int]) -> Tensor:

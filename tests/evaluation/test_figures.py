@@ -88,6 +88,18 @@ def test_training_without_some_columns(training_csv: Path, missing: list[str]) -
     figure.canvas.draw()
 
 
+def test_training_of_the_baseline_says_what_was_not_measured(tmp_path: Path) -> None:
+    terms = {f"loss_regularisation_{name}": [0.3, 0.2] for name in MODALITIES}
+    log = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "loss_segmentation": [1.0, 0.5], **terms})
+    log.to_csv(tmp_path / "training.csv", index=False)
+    figure = plot_training(tmp_path / "training.csv")
+    assert legend_texts(figure) == list(MODALITIES)
+    said = {ax.get_title(): [text.get_text() for text in ax.texts] for ax in figure.axes}
+    assert said["Relative preference"] == ["not measured: train with --measure_preference True"]
+    assert said["Beta, the weight of each modality"] == ["this objective has no beta"]
+    figure.canvas.draw()
+
+
 def test_training_of_one_epoch_shows_markers(training_csv: Path) -> None:
     pd.read_csv(training_csv)[:1].to_csv(training_csv, index=False)
     figure = plot_training(training_csv)
@@ -258,6 +270,31 @@ class TestPredictions:
         assert [text.get_text() for text in figure.axes[1].texts] == ["not given"]
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["edge", "core", *(["outline of the label"] if with_label else [])]
+
+    def test_images_of_another_format_and_grid_are_drawn_on_that_of_the_prediction(self, tmp_path: Path):
+        itk = pytest.importorskip("itk")
+        path = self.write(tmp_path)
+        record = json.loads(path.read_text())
+        image = itk.image_from_array(np.random.default_rng(1).normal(size=(8, 12, 10)).astype(np.float32))
+        image.SetSpacing([1, 1, 2])  # ITK's axes are those of the NIfTI file, which points left and back
+        itk.imwrite(image, tmp_path / "a.nrrd")
+        fine = np.random.default_rng(2).normal(size=(20, 24, 8))
+        nib.save(nib.Nifti1Image(fine, np.diag([-0.5, -0.5, 2.0, 1.0])), tmp_path / "c.nii.gz")
+        path.write_text(json.dumps(record | {"files": record["files"] | {"a": str(tmp_path / "a.nrrd")}}))
+        figure = plot_prediction(path, label_file=tmp_path / "label.nii.gz")
+        shapes = {ax.get_title(): ax.images[0].get_array().shape for ax in figure.axes}
+        assert set(shapes.values()) == {(12, 10)}
+
+    def test_a_file_that_is_gone_leaves_the_other_figures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        first = self.write(tmp_path)
+        for path in (first, first.with_suffix(".nii.gz")):
+            path.with_name(path.name.replace("x_", "y_")).write_bytes(path.read_bytes())
+        record = json.loads(first.read_text())
+        first.write_text(json.dumps(record | {"files": record["files"] | {"a": str(tmp_path / "gone.nii.gz")}}))
+        main([str(tmp_path)])
+        said = capsys.readouterr()
+        assert said.out.split() == [str(tmp_path / "figures" / "y_seg.png")]
+        assert said.err.startswith(f"x_seg.png is left out: Case x: a file {tmp_path / 'gone.nii.gz'} cannot be read")
 
     def test_the_command_finds_predictions_and_their_labels(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         self.write(tmp_path)
