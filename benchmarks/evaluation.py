@@ -49,7 +49,7 @@ def make_engine(arguments: argparse.Namespace, output_dir: str) -> Engine:
     @torch.no_grad()
     def predict(_: Engine, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not arguments.scores_only:
-            inferer(torch.randn(1, NUM_MODALITIES, *arguments.volume), network, presence)
+            inferer(torch.randn(1, NUM_MODALITIES, *arguments.volume, device=arguments.device), network, presence)
         return [{"pred": moved, "label": label, "presence": presence[0]} for _ in batch]
 
     engine = Engine(predict)

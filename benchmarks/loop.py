@@ -44,6 +44,7 @@ def profiled(arguments: argparse.Namespace, *, datalist: str, workers: int) -> d
     options: dict[str, Any] = {"output_dir": str(run), "cache_dir": str(arguments.output / "cache")}
     options |= {"datalist": datalist, "num_workers": workers, "epochs": 1 + arguments.epochs}
     options |= {"roi_size": [arguments.size] * 3, "spacing": [arguments.spacing] * 3}
+    options |= {"device": "cpu"}  # the profiler reads the clock while a GPU would still be at work
     options |= json.loads(arguments.settings)
     config = str(BUNDLES / f"brats_{arguments.backbone}_passion" / "configs" / "train.yaml")
     workflow = create_workflow(config_file=config, logging_file=False, run_id="training", **options)

@@ -33,6 +33,7 @@ __all__: list[str] = []
 
 CONFIG = Path(__file__).parents[1] / "bundles" / "myops_mmformer_passion" / "configs" / "train.yaml"
 SMALL: dict[str, Any] = {
+    "device": "cpu",  # a GPU cannot be used by a process that was forked
     "roi_size": [32, 32],
     "spacing": [6.0, 6.0],
     "network_def::width": 2,
@@ -97,7 +98,9 @@ def same(left: Any, right: Any) -> bool:
 def same_results(left: Path, right: Path) -> bool:
     """Whether two trainings have left the same."""
     names = ("models/last.pt", "models/model.pt")
-    states = [[torch.load(folder / name, weights_only=True) for name in names] for folder in (left, right)]
+    states = [
+        [torch.load(folder / name, map_location="cpu", weights_only=True) for name in names] for folder in (left, right)
+    ]
     logs = [(folder / "training.csv").read_bytes() for folder in (left, right)]
     return same(*states) and logs[0] == logs[1]
 

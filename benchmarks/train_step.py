@@ -43,7 +43,7 @@ def train_step(arguments: argparse.Namespace) -> Callable[[], None]:
     compute = loss_of_step(arguments, network)
     in_graph = arguments.form == "graph"
     parameters = network.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=1e-4, amsgrad=True, capturable=in_graph)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=1e-4, capturable=in_graph)
     sample = random_sample(arguments)
 
     def step() -> None:

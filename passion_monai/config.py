@@ -105,6 +105,8 @@ def check_device(device: str | torch.device) -> None:
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be cpu, cuda, cuda:1 or the like, got {device!r}: {reason}") from error
+    if torch.device(device).type == "mps":
+        raise ValueError("device must not be mps, Apple's GPU, which lacks float64: use --device cpu.")
 
 
 def check_numbers(

@@ -38,8 +38,19 @@ def rank() -> int:
 
 
 def local_device() -> torch.device:
-    """The device of this process: the GPU with its number on this machine, or the CPU where there is none."""
-    return torch.device("cuda", _from_environment("LOCAL_RANK")) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of this process: the GPU with its number on this machine, or the CPU where there is none.
+
+    Raises:
+        ValueError: when there are fewer GPUs than processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, count = _from_environment("LOCAL_RANK"), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"Process {number} of this machine has no GPU: there are {count}, so --nproc_per_node={count}."
+        )
+    return torch.device("cuda", number)
 
 
 def start_process_group() -> None:
@@ -49,6 +60,8 @@ def start_process_group() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if "SLURM_JOB_ID" in os.environ:  # Ignite would number the processes as Slurm does, to which torchrun is but one
+        os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
     # Ignite makes a group of its own at its first call; if only some of the processes made that call, they would hang.
     idist.sync()
 

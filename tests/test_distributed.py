@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
 from monai.data import Dataset
 
-from passion_monai.distributed import local_device, rank, training_sampler, validation_sampler
+from passion_monai.distributed import local_device, rank, start_process_group, training_sampler, validation_sampler
 
 
 def shares(
@@ -72,5 +73,20 @@ def test_the_cpu_is_the_device_where_there_is_no_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert local_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert local_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="Process 4 of this machine has no GPU: there are 4, so --nproc_per_node=4"):
+        local_device()
+
+
+def test_processes_keep_the_numbers_that_torchrun_gave_them_in_a_slurm_job(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seen = []
+    monkeypatch.setattr("ignite.distributed.sync", lambda: seen.append(os.environ["SLURM_LOCALID"]))
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    start_process_group()
+    assert seen == ["1"]

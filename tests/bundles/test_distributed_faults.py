@@ -77,7 +77,7 @@ class Cohort:
         self, rank: int, count: int, port: int, output: Path, options: dict[str, Any], patch: Patch | None
     ) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         torch.set_num_threads(1)
         sys.stdout = sys.stderr = (output / f"log{rank}.txt").open("w", buffering=1)
         logging.basicConfig(force=True)  # to there, instead of to the tests

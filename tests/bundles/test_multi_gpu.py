@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def run_processes(bundle: Any, *, cwd: Path, **overrides: Any) -> str:
     command += ["-m", "monai.bundle", "run", "training"]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=cwd, text=True, **pipes) as process:
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # this machine may have one GPU, and two do not share it
+    with subprocess.Popen(command, cwd=cwd, text=True, env=on_cpu, **pipes) as process:
         try:
             said, _ = process.communicate(timeout=1200)
         except subprocess.TimeoutExpired:

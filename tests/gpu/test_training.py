@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Events
+from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.handlers import from_engine
 from torch import Tensor, nn
 
 from passion_monai.devices import PreparePresence
 from passion_monai.distillation import SelfDistillation
+from passion_monai.evaluation.temperature import SampleVoxelsd
 from passion_monai.handlers import LossOutput, PreferenceHandler
 from passion_monai.inferers import CombinationInferer
 from passion_monai.losses import PassionLoss
@@ -161,6 +163,18 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(spatial_dims: int, device: torch.
     expected = first.run(2)
     assert back.run(2) == pytest.approx(expected, rel=1e-4)
     assert on_cpu.run(2) == pytest.approx(expected, rel=1e-3)
+
+
+def test_calibration_draws_what_it_draws_on_the_cpu(device: torch.device):
+    probabilities = torch.rand(3, K, 8, 7, 6, generator=torch.Generator().manual_seed(0))
+    probabilities[1] = torch.nan
+    image, label = MetaTensor(torch.zeros(M, 8, 7, 6)), MetaTensor(torch.arange(8 * 7 * 6).reshape(1, 8, 7, 6) % K)
+    drawn = [
+        SampleVoxelsd(number=20)({"pred": probabilities.to(where), "image": image.to(where), "label": label.to(where)})
+        for where in (torch.device("cpu"), device)
+    ]
+    for name in ("pred", "label"):
+        torch.testing.assert_close(drawn[1][name].cpu(), drawn[0][name], equal_nan=True)
 
 
 @torch.no_grad()
