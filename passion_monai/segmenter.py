@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from passion_monai.faults import FaultReport
 
 __all__ = ["Segmentation", "Segmenter"]
 
+_OF_A_CALL = ("bundle_root", "output_dir", "dataset_dir", "files", "datalist", "section")
 Image = str | Path | nib.spatialimages.SpatialImage | MetaTensor
 
 
@@ -46,11 +48,13 @@ class Segmentation:
 class Segmenter:
     """Segments patients from the sequences they have, as ``monai.bundle run`` does with the same bundle.
 
-    It runs the bundle's inference workflow, so the results are identical; it builds the network only once.
+    It runs the bundle's inference workflow, so the results are identical; it builds the network only once. Calls from
+    several threads wait for each other.
 
     Args:
         bundle: folder of the bundle.
-        ids: any id of its ``inference.yaml``, such as ``ckpt_path``, ``device`` or ``save_probabilities=True``.
+        ids: those of its ``inference.yaml``, such as ``ckpt_path``, ``device`` or ``save_probabilities=True``; but not
+            those that say where patients come from and predictions go.
 
     Attributes:
         bundle: folder of the bundle.
@@ -70,7 +74,10 @@ class Segmenter:
         config = Path(bundle) / "configs" / "inference.yaml"
         if not config.is_file():
             raise FileNotFoundError(f"{config} does not exist; give the folder of a bundle.")
+        if taken := [name for name in _OF_A_CALL if name in ids]:
+            raise ValueError(f"{', '.join(taken)}: give the images to each call, and save what it returns.")
         self.bundle = Path(bundle).resolve()
+        self._one_at_a_time = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="segmenter"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._parser = ConfigParser()
@@ -117,14 +124,15 @@ class Segmenter:
             raise ValueError(
                 f"Give the images by the names of their sequences, {list(self.modalities)}; got {images!r}."
             )
-        try:
-            given = {name: image for name, image in images.items() if image is not None}
-            files = {name: str(self._path(name, image)) for name, image in given.items()}
-            self._run(single_case(files | {"case": "patient"}, self.modalities))
-            return self._read()
-        finally:  # a server that is killed leaves no patient behind
-            for path in self._folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        given = {name: image for name, image in images.items() if image is not None}
+        with self._one_at_a_time:
+            try:
+                files = {name: str(self._path(name, image)) for name, image in given.items()}
+                self._run(single_case(files | {"case": "patient"}, self.modalities))
+                return self._read()
+            finally:  # a server that is killed leaves no patient behind
+                for path in self._folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _get(self, name: str) -> Any:
         """A part of the bundle's inference; an error of ours in it comes without those of MONAI around it."""

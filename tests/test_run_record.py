@@ -30,7 +30,8 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     samples = [{**case, "slice": index} for case in cases for index in range(slices)]
     settings = {"seed": 3, "regions": {"whole": (1, 2)}, "missing_rates": None}
     for _ in range(2):  # as a resumed training does
-        write_run(tmp_path, bundle="/some/where/my_bundle/", cases=samples, modalities=MODALITIES, settings=settings)
+        given: dict[str, Any] = {"bundle": "/some/where/my_bundle/", "cases": samples, "modalities": MODALITIES}
+        write_run(tmp_path, resume=True, settings=settings, **given)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert record == {
         "bundle": "my_bundle",
@@ -43,6 +44,20 @@ def test_write_run_says_what_the_run_was_and_what_each_case_had(tmp_path: Path, 
     rows = read_presence(tmp_path / "presence.json", MODALITIES)
     assert list(rows) == ["001", "002"]
     np.testing.assert_array_equal(list(rows.values()), [[False, True], [True, False]])
+
+
+def test_a_training_goes_on_with_the_settings_that_it_was_started_with(tmp_path: Path) -> None:
+    write_phantom("myops", tmp_path, num_cases=1, shape=(16, 16, 1), spacing=(9, 9, 9))
+    case = {"case": "001", "label": next(tmp_path.glob("*/*_gd.nii.gz")), "flair": "a"}
+    given: dict[str, Any] = {"bundle": "b", "cases": [case], "modalities": MODALITIES}
+    before = {"seed": 3, "regions": {"whole": (1, 2)}, "learning_rate": 2e-4, "epochs": 5, "precision": "float32"}
+    write_run(tmp_path, resume=False, settings=before, **given)
+    longer = before | {"epochs": 9, "precision": "bfloat16", "setting_of_a_later_version": 1}
+    write_run(tmp_path, resume=True, settings=longer, **given)
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["epochs"] == 9
+    with pytest.raises(ValueError, match=r"regions .*, now {}; learning_rate 0\.0002, now 0\.1\. Give those it"):
+        write_run(tmp_path, resume=True, settings=longer | {"learning_rate": 0.1, "regions": {}}, **given)
+    write_run(tmp_path, resume=False, settings=longer | {"learning_rate": 0.1}, **given)
 
 
 SETTINGS = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -131,7 +130,6 @@ class Segmentation(InferTask):  # type: ignore[misc]
 
     def __init__(self, app: PassionApp) -> None:
         self._app = app
-        self._one_at_a_time = threading.Lock()
         classes = app.segmenter.classes
         super().__init__(
             InferType.SEGMENTATION,
@@ -155,8 +153,7 @@ class Segmentation(InferTask):  # type: ignore[misc]
         """
         try:
             images = request.get("images") or self._app.images(str(request["id"]))
-            with self._one_at_a_time:
-                result = self._app.segmenter(images)
+            result = self._app.segmenter(images)
         except (FileNotFoundError, ValueError) as error:
             raise HTTPException(status_code=400, detail=str(error)) from error  # which viewers show
         handle, path = tempfile.mkstemp(suffix=".nii.gz")

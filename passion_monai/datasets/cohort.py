@@ -60,7 +60,7 @@ def prepare_datalist(
     if datalist is not None:
         return datalist
     path = Path(output_dir) / "datalist.json"
-    root = Path(dataset_dir) if dataset_dir is not None else _phantom(dataset, output_dir, phantom)
+    root = Path(dataset_dir).expanduser() if dataset_dir is not None else _phantom(dataset, output_dir, phantom)
     if path.is_file():
         _check_root(path, root)
         discover(dataset, root, keep_faulty=True)  # for what it says of images that it does not know

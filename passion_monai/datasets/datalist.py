@@ -80,7 +80,7 @@ def write_datalist(
     Raises:
         ValueError: naming the case when one of its files is not below ``root``.
     """
-    path, root = Path(path), Path(root)
+    path, root = Path(path), Path(root).expanduser()
     content: dict[str, Any] = {"dataset": spec.name, "modalities": list(spec.modalities), "root": str(root.resolve())}
     content[_CLASSES_KEY] = list(spec.class_names)
     for section, cases in splits.items():
@@ -233,8 +233,11 @@ def _check_unique(path: Path, sections: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}, section {section!r}: must be a list of objects, one per case.")
         for entry in entries:
             case = entry.get("case")
-            if not isinstance(case, str) or not case:
-                raise ValueError(f"{path}, section {section!r}: 'case' must be the case's id, got {case!r} in {entry}.")
+            if not isinstance(case, str) or not case or case != Path(case).name:
+                raise ValueError(
+                    f"{path}, section {section!r}: 'case' must be the case's id, got {case!r} in {entry}. Files are "
+                    "named by it, so it has no folders."
+                )
             if case in section_of:
                 raise ValueError(f"{path}: case {case!r} is there twice, in {section_of[case]!r} and in {section!r}.")
             section_of[case] = section

@@ -215,11 +215,11 @@ def _classes(volume: NDArray, values: Sequence[int]) -> NDArray:
 def _read_volumes(case: str, files: Mapping[str, str | Path]) -> tuple[dict[str, NDArray], list[float]]:
     """Volumes on the grid of the first, with axes to the right, to the front and up; and the size of their voxels."""
     load, turn = LoadCased([*files]), Orientation(axcodes="RAS", labels=None)
-    images = {name: load.read({"case": case, **files}, name) for name in files}
+    data: dict[Any, Any] = {"case": case, **files}
+    data |= {name: load.read(data, name) for name in files}
     align = AlignModalitiesd([name for name in files if name != "label"], label_key="label", on_mismatch="resample")
-    turned: dict[str, Any] = {
-        name: turn(image) for name, image in align({"case": case, **images}).items() if name in files
-    }
+    aligned = align(data)
+    turned: dict[str, Any] = {name: turn(aligned[name]) for name in files}
     spacing = affine_to_spacing(turned[next(iter(files))].affine)
     return {name: image[0].numpy() for name, image in turned.items()}, [float(size) for size in spacing]
 

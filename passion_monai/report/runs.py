@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,15 +92,12 @@ def read_runs(arguments: Iterable[str]) -> list[Run]:
     for run in runs[1:]:
         _check_pair(runs[0], run)
     _check_cases(runs)
-    seen: dict[tuple[Any, ...], Run] = {}
-    for run in runs:
-        key = (run.method, run.settings["backbone"], run.rates, run.settings["seed"])
-        if key in seen:
+    for one, other in itertools.combinations(runs, 2):
+        if _twin(one) == _twin(other) and not _are_folds([one, other]):
             raise ValueError(
-                f"{seen[key].folder} and {run.folder} are both {run.method!r} with seed {run.settings['seed']}; leave "
-                f"one out, or rename one: NAME={run.folder}."
+                f"{one.folder} and {other.folder} are both {one.method!r} with seed {one.settings['seed']}; leave one "
+                f"out, or rename one: NAME={other.folder}."
             )
-        seen[key] = run
     return runs
 
 
@@ -174,6 +172,11 @@ def _check_pair(first: Run, other: Run) -> None:
                 f"{first.folder} and {other.folder} are not comparable: their {key} are "
                 f"{first.settings[key]} and {other.settings[key]}. Make a report for each."
             )
+
+
+def _twin(run: Run) -> tuple[Any, ...]:
+    """What two runs must not have in common, unless they are folds."""
+    return run.method, run.settings["backbone"], run.rates, run.settings["seed"]
 
 
 def _are_folds(runs: Sequence[Run]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def test_it_gives_what_the_command_gives(bundle: Any, trained: Path, tmp_path: P
         record = json.loads((tmp_path / "predictions" / "patient_seg.json").read_text())
         assert {**result.record, "files": None} == {**record, "files": None}
         assert not list(segmenter._folder.iterdir())
-    alone = segmenter({names[0]: files[names[0]]})
-    assert alone.record["modalities_used"] == names[:1]
+    with ThreadPoolExecutor() as pool:  # as in a server, whose patients must not be mixed up
+        single = list(pool.map(lambda name: segmenter({name: files[name]}), names * 2))
+    assert [one.record["modalities_used"] for one in single] == [[name] for name in names * 2]
 
 
 def test_what_is_wrong_is_said(one_bundle: Any, tmp_path: Path):
@@ -49,6 +51,8 @@ def test_what_is_wrong_is_said(one_bundle: Any, tmp_path: Path):
         Segmenter(tmp_path)
     with pytest.raises(ValueError, match=r"Unknown ids: save_probabilites \(did you mean save_probabilities\?\)"):
         Segmenter(one_bundle.folder, save_probabilites=True)
+    with pytest.raises(ValueError, match=r"^output_dir, files: give the images to each call"):
+        Segmenter(one_bundle.folder, files={}, output_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"^There are no temperatures .*calibrate"):
         Segmenter(one_bundle.folder, calibrated=True, save_probabilities=True)
     with pytest.raises(FileNotFoundError, match=r"^There is no checkpoint .*model\.pt"):

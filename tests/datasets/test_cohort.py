@@ -51,6 +51,15 @@ class TestPrepareDatalist:
         shutil.move(removed, data / "BraTS20_Training_008")
         assert Path(prepare(tmp_path / "out", dataset_dir=str(data))).read_text() == first
 
+    def test_a_folder_in_the_home_may_be_given_by_a_tilde(
+        self, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The shell leaves it as it is after `=` and within quotes."""
+        monkeypatch.setenv("HOME", str(run_dir))
+        for _ in range(2):  # the second time the split is there
+            path = prepare(tmp_path, dataset_dir="~/phantom")
+        assert json.loads(Path(path).read_text())["root"] == str((run_dir / "phantom").resolve())
+
     def test_says_each_time_what_it_does_not_know(
         self, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ):

@@ -330,6 +330,13 @@ class TestRead:
         with pytest.raises(ValueError, match=f"list.json, section '{section}'.*{message}"):
             read_datalist(write(tmp_path / "list.json", content), section, modalities=MODALITIES)
 
+    @pytest.mark.parametrize("case", ["site/x", "../x", "/x", ""])
+    def test_an_id_that_cannot_name_a_file(self, root: Path, tmp_path: Path, case: str) -> None:
+        content = content_of(root)
+        content["training"][0]["case"] = case
+        with pytest.raises(ValueError, match=r"must be the case's id, got .* it has no folders"):
+            read_datalist(write(tmp_path / "list.json", content), "training", modalities=MODALITIES)
+
     @pytest.mark.parametrize("key", ["a", "label"])
     def test_a_missing_file_is_left_to_its_reader(self, root: Path, tmp_path: Path, key: str) -> None:
         (root / f"x_{key}").unlink()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,17 +363,20 @@ def test_only_signs_that_a_table_has_are_explained(tmp_path: Path) -> None:
         assert [sign in text for sign in signs] == [sign in name for sign in ("[]", "±", "b")]
 
 
-def make_folds(folder: Path, **settings: Any) -> list[str]:
+def make_folds(folder: Path, *, seeds: Sequence[int] = range(9), **settings: Any) -> list[str]:
     """Runs of one method, of which each has scored one of the cases; together they have what `make_run` has."""
-    folds = [make_run(folder / case, seed=fold, files=False, **settings) for fold, case in enumerate(CASES)]
+    named = zip(CASES, seeds, strict=False)
+    folds = [make_run(folder / case, seed=seed, files=False, **settings) for case, seed in named]
     for fold, case in zip(folds, CASES, strict=True):
         change_scores(fold, lambda table, case=case: table[table["case"] == case])
     return list(map(str, folds))
 
 
-def test_folds_are_one_run_of_all_cases(tmp_path: Path) -> None:
+@pytest.mark.parametrize("same_seed", [False, True])
+def test_folds_are_one_run_of_all_cases(tmp_path: Path, same_seed: bool) -> None:
     whole = [make_run(tmp_path / "whole"), make_run(tmp_path / "better", dice=0.6, objective="pmr")]
-    folds = make_folds(tmp_path / "a") + make_folds(tmp_path / "b", dice=0.6, objective="pmr")
+    seeds = [0] * len(CASES) if same_seed else range(len(CASES))
+    folds = make_folds(tmp_path / "a", seeds=seeds) + make_folds(tmp_path / "b", seeds=seeds, dice=0.6, objective="pmr")
     for runs, name in ((whole, "whole_report"), (folds, "fold_report")):
         main([*map(str, runs), "--output", str(tmp_path / name)])
     for table in ("table1", "table3_dice", "tests"):
