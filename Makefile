@@ -46,7 +46,7 @@ demo: $(VENV)/.demo  ## Train, evaluate, predict and draw figures on a phantom c
 	@echo "Training:     $(DEMO_OUTPUT)/figures/training.png"
 	@echo "Predictions:  $(DEMO_OUTPUT)/predictions/"
 
-experiments: $(VENV)/.demo $(VENV)-snakemake/.done  ## Make the paper's tables in small, on phantoms; hours on two cores
+experiments: $(VENV)/.demo $(VENV)-snakemake/.done  ## Make the paper's tables at small scale, on phantoms; hours on two cores
 	OMP_NUM_THREADS=1 $(VENV)-snakemake/bin/snakemake -s experiments/Snakefile --cores 2
 
 install: $(VENV)/.dev  ## Set up .venv for development, with the commit hooks

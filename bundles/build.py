@@ -274,11 +274,30 @@ def _readme(facts: Mapping[str, Any]) -> str:
         "install_command": f"pip install bundles/{facts['name']}/passion_monai-*.whl"
         if facts["phantom"]
         else "pip install -e .    # in a clone of the repository",
-        "ckpt_option": "" if facts["phantom"] or facts["weights"] else " --ckpt_path runs/first/models/model.pt",
+        **_commands_for_weights(facts),
         "grid_text": _grid_text(facts["weights"]),
     }
     template = Template((DOCUMENTS / "README.md").read_text(encoding="utf-8"))
     return template.substitute(facts, **derived)
+
+
+def _commands_for_weights(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What commands need that use weights: those of the bundle where it has some, otherwise those of the training."""
+    shipped = f"bundles/{facts['name']}/models/model.pt"
+    of_patients = facts["weights"] and not facts["phantom"]
+    there = facts["phantom"] or facts["weights"]
+    weights = shipped if there else "runs/first/models/model.pt"
+    note = (
+        "\nThis calibrates the weights in `runs/first`. For those in `models/`, add\n"
+        f"`--ckpt_path {shipped}`, give another `--output_dir`, and give the file\n"
+        "`evaluation/temperatures.json` in that folder to inference as `--temperature_file`.\n"
+    )
+    return {
+        "weights_file": weights,
+        "ckpt_option": "" if there else f" --ckpt_path {weights}",
+        "pretrained_option": "" if there else f" \\\n    --pretrained_weights {weights}",
+        "shipped_calibration_text": note if of_patients else "",
+    }
 
 
 def _weights_text(facts: Mapping[str, Any]) -> str:
