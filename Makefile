@@ -27,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiments install fix lint type test test-all docs bundles check-bundles weights weights-real dist-bundles check clean
+.PHONY: help demo experiments install fix lint type test test-all docs bundles check-bundles weights weights-real dist-bundles check clean .no-dataset-dir
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,12 +82,16 @@ check-bundles: $(VENV)/.dev  ## Check that the bundles' configs match their frag
 
 weights: $(VENV)/.dev  ## Train the bundles' small weights on the phantom, into dist/
 	$(BIN)/python bundles/pack.py weights
+	$(BIN)/python bundles/build.py
 
-weights-real: $(VENV)/.demo $(VENV)-snakemake/.done  ## Train and cross-validate weights on the cases in DATASET_DIR; a night on a CPU
+weights-real: $(if $(DATASET_DIR),,.no-dataset-dir) $(VENV)/.demo $(VENV)-snakemake/.done  ## Train and cross-validate weights on the cases in DATASET_DIR; a night on a CPU
 	OMP_NUM_THREADS=1 $(VENV)-snakemake/bin/snakemake -s experiments/Snakefile --cores 1 \
-		--config scale=real dataset_dir=$(DATASET_DIR) -- weights
+		--config scale=real "dataset_dir=$(DATASET_DIR)" -- weights
 	$(BIN)/python bundles/build.py
 	$(BIN)/python bundles/pack.py hub brats_rfnet_passion
+
+.no-dataset-dir:
+	@echo "Say where the cases are: make weights-real DATASET_DIR=/data/cases" >&2; exit 2
 
 dist-bundles: $(VENV)/.dev  ## Zip the bundles that have weights, into dist/
 	$(BIN)/python bundles/pack.py zip
@@ -117,7 +121,7 @@ $(VENV)/.docs: $(VENV)/.dev
 	@touch $@
 
 # Apart, since snakemake and nilearn want different releases of `packaging`.
-$(VENV)-snakemake/.done:
+$(VENV)-snakemake/.done: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)-snakemake
 	$(VENV)-snakemake/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) snakemake
 	@touch $@

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,9 @@ def main() -> None:
 
 def measured(arguments: argparse.Namespace) -> dict[str, float]:
     """What is reported."""
+    for earlier in ("cohort", "cache"):  # of another run, which would take no time again
+        shutil.rmtree(arguments.output / earlier, ignore_errors=True)
+    (arguments.output / "datalist.json").unlink(missing_ok=True)
     config = parsed_config(arguments)
     start = time.perf_counter()
     dataset = config.get_parsed_content("train::dataset")

@@ -25,7 +25,7 @@ BYTES = 4
 
 
 def hours(backbone: str, ranks: int, *, tflops: float, gigabytes: float, epochs: int = 20) -> float:
-    """Hours of a training with one sample for each of `ranks` processes, simulated over some epochs."""
+    """Hours until the processes have seen as many samples as one alone would, each one in a step, simulated."""
     rng = np.random.default_rng(0)
     steps = CASES // ranks
     present = rng.choice([1, 2, 3, 4], size=(epochs, steps, ranks), p=pattern_weights())
@@ -33,7 +33,8 @@ def hours(backbone: str, ranks: int, *, tflops: float, gigabytes: float, epochs:
     compute = costs.max(axis=2).sum(axis=1).mean() / (1000 * tflops)
     # A ring exchanges twice the gradients, less a share; computing goes on meanwhile, but not at the end of the step.
     exchange = steps * 2 * (ranks - 1) / ranks * PARAMETERS[backbone] * BYTES / (gigabytes * 1e9)
-    return float(EPOCHS * (compute + exchange) / 3600)
+    # An epoch leaves out the samples that are no multiple of the processes.
+    return float(EPOCHS * CASES / (steps * ranks) * (compute + exchange) / 3600)
 
 
 def main() -> None:

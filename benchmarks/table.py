@@ -70,7 +70,10 @@ def run_all(path: Path) -> None:
             continue
         print(text, file=sys.stderr, flush=True)
         line = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]], check=True, capture_output=True, text=True
+            [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout
         with path.open("a") as file:
             file.write(json.dumps({"command": text} | json.loads(line)) + "\n")

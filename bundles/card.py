@@ -10,6 +10,12 @@ import yaml
 __all__ = ["crop_in_words", "hub_card", "hub_metadata", "model_card"]
 
 
+_COUNTED = (
+    "Dice in percent with its 95 % interval, over the cases that have the region; HD95 in mm, over those in which the "
+    "prediction has it too."
+)
+
+
 def model_card(facts: Mapping[str, Any]) -> str:
     """The section, or an empty text if the bundle has no such weights.
 
@@ -26,7 +32,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"**Licence.** Data and weights: {facts['weights_license']}. Cite {facts['weights_citation']}.",
         f"**Training.** {_training(weights)}",
         f"**Not for.** {facts['weights_limits_text']}",
-        f"**Scores.** {facts['expected']['data']}. Dice in percent with its 95 % interval over cases; HD95 in mm.",
+        f"**Scores.** {facts['expected']['data']}. {_COUNTED}",
         _score_table(facts["expected"]["combinations"]),
     ]
     return "\n\n".join(paragraphs) + "\n\n"
@@ -55,12 +61,14 @@ def _score_table(combinations: Mapping[str, Any]) -> str:
     header = "| given | " + " | ".join(f"{name}, Dice | HD95" for name in regions) + " |"
     rows = [header, "|---" + "|--:" * 2 * len(regions) + "|"]
     for given, scores in combinations.items():
-        rows.append(f"| {given} | " + " | ".join(_cells(scores[region]) for region in regions) + " |")
+        rows.append(f"| {given} | " + " | ".join(_cells(scores.get(region)) for region in regions) + " |")
     return "\n".join(rows)
 
 
-def _cells(scores: Mapping[str, Any]) -> str:
-    """Dice and HD95 of a region, the latter where it is defined."""
+def _cells(scores: Mapping[str, Any] | None) -> str:
+    """Dice and HD95 of a region where they are defined."""
+    if scores is None:
+        return "- | -"
     dice, distance = scores["dice"], scores["hd95_mm"]["mean"]
     low, high = (100 * dice[bound] for bound in ("low", "high"))
     return f"{100 * dice['mean']:.0f} [{low:.0f}, {high:.0f}] | " + ("-" if distance is None else f"{distance:.0f}")

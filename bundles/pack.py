@@ -28,9 +28,10 @@ from monai.bundle import ConfigParser
 from safetensors.torch import save_file
 
 from passion_monai.evaluation.expected import FILE_NAME, checksum, write_expected_scores
-from passion_monai.report.runs import pooled_scores, read_runs
+from passion_monai.report.runs import Run, pooled_scores, read_runs
 
 DIST = ROOT.parent / "dist"
+_PARTS = ("LICENSE", "configs", "docs", "models")
 # Enough for the curves to flatten. The paper's settings are for weeks of training on real data.
 TRAINING = {
     "brats": ["--epochs", "120", "--val_interval", "120", "--learning_rate", "3.0e-3", "--batch_size", "4"],
@@ -77,10 +78,20 @@ def put_weights(source: Path, run: Path) -> None:
     (source / "weights.json").write_text(json.dumps({"cases": sorted(cases)}, indent=4) + "\n", encoding="utf-8")
 
 
-def put_scores(source: Path, folds: Sequence[Path]) -> None:
-    """Put the scores of a cross-validation into the bundle whose weights were trained in the same way."""
-    runs = read_runs([str(fold) for fold in folds])
+def put_scores(source: Path, runs: Sequence[Run]) -> None:
+    """Put the scores of a cross-validation into the bundle whose weights were trained in the same way.
+
+    Raises:
+        ValueError: when a fold was tested on others than the cases of the weights.
+    """
     scores = pooled_scores(runs)
+    cases = json.loads((source / "weights.json").read_text(encoding="utf-8"))["cases"]
+    if others := sorted({*scores["case"]} - {*cases}):
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise ValueError(
+            f"The folds {folders} tested {others[:3]}, which are not among the cases of the weights: remove the folds "
+            "of other cases."
+        )
     epochs = " or ".join(f"{epochs:,}" for epochs in sorted({run.settings["epochs"] for run in runs}))
     data = f"Cross-validation: {len(runs)} networks, each trained in the same way for {epochs} epochs and tested on "
     data += f"other patients; {scores['case'].nunique()} test patients in all"
@@ -117,10 +128,14 @@ def pack(source: Path, wheel: Path) -> Path:
 
     Raises:
         FileNotFoundError: when it has none.
+        FileExistsError: when the folder holds what is no part of the bundle, such as predictions, which may identify
+            patients.
     """
     bundle = DIST / source.name
     if not (bundle / "models" / "model.pt").is_file():
         raise FileNotFoundError(f"{bundle} has no models/model.pt; run `make weights` first.")
+    if others := [path.name for path in bundle.iterdir() if path.name not in _PARTS and path.suffix != ".whl"]:
+        raise FileExistsError(f"{bundle} holds {', '.join(sorted(others))}, no part of the bundle: move it away.")
     write_bundle(source, bundle)
     for config in (bundle / "configs").glob("*.yaml"):
         content = ConfigParser.load_config_file(str(config))
@@ -135,6 +150,7 @@ def pack(source: Path, wheel: Path) -> Path:
 
 def build_wheel() -> Path:
     """The package as a wheel in `dist/`."""
+    shutil.rmtree(ROOT.parent / "build", ignore_errors=True)  # with modules that may be gone by now
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), str(ROOT.parent)]
     subprocess.run(command, check=True)
     return max(DIST.glob("passion_monai-*.whl"), key=lambda path: path.stat().st_mtime)
@@ -154,9 +170,10 @@ def main() -> None:
             train_weights(source)
     elif arguments.action == "real":
         (source,) = sources
+        runs = read_runs([str(fold) for fold in arguments.folds])  # first: what cannot be read must replace nothing
         if arguments.run:
             put_weights(source, arguments.run)
-        put_scores(source, arguments.folds)
+        put_scores(source, runs)
     elif arguments.action == "hub":
         for source in sources:
             print(write_hub_folder(source))

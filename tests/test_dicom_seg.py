@@ -391,6 +391,8 @@ class TestMonaiDeploy:
             ("T1 MPRAGE post Gd", "t1ce"),
             ("t1ce", "t1ce"),
             ("t1_ce_tra", "t1ce"),
+            *[(f"T1{name}", "t1ce") for name in ("C", " +C", " C+", "+ C", " GAD", " KM", "_post_contrast", "C_tra")],
+            *[(f"T1{name}", "t1") for name in ("", " cor", "_cerebrum", " SE tra", " nativ")],
             ("t2_tse_tra", "t2"),
         ],
     )

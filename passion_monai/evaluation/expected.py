@@ -66,17 +66,23 @@ def check_replaceable(folder: str | Path) -> None:
 def write_expected_scores(path: str | Path, scores: pd.DataFrame, *, weights_sha256: str | None, data: str) -> None:
     """Write the mean scores of each combination and region, with their 95 % intervals over the cases, as JSON.
 
+    A case counts for the regions that its label has (the convention "excluded" of
+    :mod:`passion_monai.evaluation.tables`): without a region it scores 1 or 0 there, which says nothing of a patient
+    who has it. Distances are means over those in which the prediction has the region too.
+
     Args:
         path: the file, called `FILE_NAME` in the folder ``evaluation`` beside the weights' folder.
         scores: rows with `SCORE_COLUMNS` of :mod:`passion_monai.evaluation.tables`.
         weights_sha256: of the weights that were evaluated, see :func:`checksum`; no others have these scores.
         data: which cases were scored, for people to read.
     """
-    from passion_monai.evaluation.statistics import summarise  # pandas and scipy, which an inference does not need
+    # Pandas and scipy, which an inference does not need.
+    from passion_monai.evaluation.statistics import summarise
+    from passion_monai.evaluation.tables import without_empty_labels
 
     combinations: dict[str, Any] = {}
     for metric in _METRICS:
-        for row in summarise(scores, metric).to_dict("records"):
+        for row in summarise(without_empty_labels(scores), metric).to_dict("records"):
             regions = combinations.setdefault(row["combination"], {})
             numbers = {name: _number(row[name]) for name in ("mean", "low", "high")}
             regions.setdefault(row["region"], {})[metric] = numbers | {"cases": row["cases"]}

@@ -33,6 +33,7 @@ from passion_monai.evaluation.expected import FILE_NAME, check_replaceable, chec
 from passion_monai.evaluation.kept_maps import keep_case
 from passion_monai.evaluation.lesions import check_panoptica
 from passion_monai.evaluation.score_files import ScoreFiles
+from passion_monai.evaluation.statistics import overall
 from passion_monai.evaluation.tables import (
     LESION_COLUMNS,
     SCORE_COLUMNS,
@@ -253,8 +254,9 @@ class CombinationScores:
             table += "\n" + calibration_table(errors, modalities=self.modalities)
         with complete_file(path) as unfinished:
             unfinished.write_text(table, encoding="utf-8")
-        means = 100 * scores.groupby("region", sort=False)["dice"].mean()
-        logger.info(f"Mean Dice [%] of all combinations: {', '.join(f'{name} {m:.1f}' for name, m in means.items())}.")
+        means = overall(scores, "dice")[:-1]  # as in the table; the last row is the mean of the regions
+        named = zip(means["region"], 100 * means["mean"], strict=True)
+        logger.info(f"Mean Dice [%] of all combinations: {', '.join(f'{name} {mean:.1f}' for name, mean in named)}.")
         weights = self.files.settings["weights_sha256"]
         write_expected_scores(expected, scores, weights_sha256=weights, data=self.data)
 

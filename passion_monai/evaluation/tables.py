@@ -170,6 +170,7 @@ def combination_table(
     means = means.reindex(index=rows, columns=names) * shown_factor(metric)
     means.loc["mean"] = means.mean(skipna=False)
     means["Avg."] = means.mean(axis=1)
+    means.loc["mean", "Avg."] = means.loc[rows, "Avg."].mean(skipna=False)  # where a column lacks a region too
     cases = _excluded_cases(scores, metric, rows) if exclude_empty else _all_cases(scores)
     cases = cases.reindex(columns=names).fillna(0).astype(int)
 
@@ -196,7 +197,7 @@ def calibration_table(errors: pd.DataFrame, *, modalities: Sequence[str]) -> str
     lines += [[str(name), *map(_number, row)] for name, row in zip(means.index, means.to_numpy(), strict=True)]
     legend = (
         "Before and after the probabilities are calibrated by one temperature per combination (Guo et al., ICML 2017), "
-        "fitted on other cases. Which class is the most likely one does not change, and no score above does."
+        "fitted on validation cases. Which class is the most likely one does not change, and no score above does."
     )
     return f"## Expected calibration error [%]\n\n{legend}\n\n{_markdown(lines)}\n"
 

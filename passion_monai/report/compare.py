@@ -15,9 +15,10 @@ __all__ = ["main"]
 
 _EPILOG = """\
 difference is the mean over the cases of what B scores more than A, low to high its 95 % bootstrap interval; Dice is in
-percent, distances are in mm. p is of Wilcoxon's signed-rank test, p_holm with Holm's correction for the number of rows;
-effect_size is the rank-biserial correlation, from -1 (A scores more in all cases) to 1. The rows "all" are of each
-case's mean over its combinations, or over these and the regions."""
+percent, distances are in mm. p is of Wilcoxon's signed-rank test, p_holm with Holm's correction within the rows of
+single combinations, and within the rows "all"; effect_size is the rank-biserial correlation, from -1 (A scores more in
+all cases) to 1. The rows "all" are of each case's mean over its combinations, or over these and the regions. hd95_mm
+and assd_mm leave out pairs of which exactly one mask is empty, in these rows too; hd95_brats counts them."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from passion_monai.evaluation.expected import read_expected_scores
 from passion_monai.networks.checkpoints import load_weights
 from passion_monai.presence import write_presence
+from passion_monai.report.runs import read_runs
 
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
 
@@ -264,7 +265,10 @@ def test_weights_of_patients_get_a_model_card_and_tell_the_scores_of_their_cross
     folds = [make_run(tmp_path / f"fold{seed}", seed, [f"{seed}a", f"{seed}b"]) for seed in range(2)]
     run = make_run(tmp_path / "all", 0, ["0a", "0b", "1a", "1b"])
     pack.put_weights(source, run)
-    pack.put_scores(source, folds)
+    pack.put_scores(source, read_runs(map(str, folds)))
+    stranger = make_run(tmp_path / "fold2", 2, ["2a"])
+    with pytest.raises(ValueError, match=r"fold2 tested \['2a'\], which are not among the cases of the weights"):
+        pack.put_scores(source, read_runs(map(str, [*folds, stranger])))
     expected = read_expected_scores(source / "models" / "model.pt")
     assert expected is not None
     assert expected["combinations"]["flair"]["WT"]["dice"]["mean"] == 0.55

@@ -18,10 +18,11 @@ from passion_monai.evaluation.expected import (
 
 
 def make_scores() -> pd.DataFrame:
-    """Of "a" both cases have a distance, of "a+b" one."""
+    """Of "a" two cases have a distance, of "a+b" one; a third case has no such region, and found or not, scores so."""
     rows = [("1", "a", 0.2, 5.0), ("2", "a", 0.6, 7.0), ("1", "a+b", 0.8, np.nan), ("2", "a+b", 1.0, 1.0)]
-    table = pd.DataFrame(rows, columns=["case", "combination", "dice", "hd95_mm"])
-    return table.assign(region="whole")
+    without = [("3", "a", 1.0, 0.0), ("3", "a+b", 0.0, np.nan)]
+    table = pd.DataFrame(rows + without, columns=["case", "combination", "dice", "hd95_mm"])
+    return table.assign(region="whole", label_ml=[9.0] * len(rows) + [0.0] * len(without))
 
 
 def make_run(folder: Path) -> Path:

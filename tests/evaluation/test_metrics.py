@@ -27,7 +27,7 @@ from passion_monai.evaluation.metrics import (
     CombinationScores,
 )
 from passion_monai.evaluation.tables import EMPTY_DISTANCE, SCORE_COLUMNS, read_scores
-from passion_monai.presence import combination_name, combinations
+from passion_monai.presence import combinations
 from passion_monai.transforms import FULL_CONFIDENCE
 
 REGIONS = {"all": (1, 2), "core": (2,)}
@@ -396,7 +396,7 @@ def test_combination_scores_refuses_several_processes(tmp_path: Path, monkeypatc
 
 def test_combination_scores_names_combinations_in_order(tmp_path: Path) -> None:
     handler = CombinationScores(tmp_path, modalities=("p", "q", "r"), regions=REGIONS)
-    assert handler.names == [combination_name(row, ("p", "q", "r")) for row in combinations(3)]
+    assert handler.names == ["p", "q", "r", "p+q", "p+r", "q+r", "p+q+r"]
 
 
 def test_combination_scores_writes_calibration_of_the_combinations_that_there_are(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_distance_table_counts_empty_masks_by_convention(scores: pd.DataFrame, m
     ("metric", "core", "mean", "cases"),
     [
         ("dice", "0.00 | - | 70.00 | 35.00", "31.25 | - | 80.00 | 55.62", "1 | 0 | 1"),
-        ("assd_mm", "- | - | 3.00 | 3.00", "- | - | 2.00 | 2.00", "0 | 0 | 1"),
+        ("assd_mm", "- | - | 3.00 | 3.00", "- | - | 2.00 | 2.31", "0 | 0 | 1"),
     ],
 )
 def test_excluded_table_counts_the_cases_of_each_region(

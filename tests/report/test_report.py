@@ -63,7 +63,8 @@ def make_scores(dice: float) -> pd.DataFrame:
     for i, case in enumerate(CASES):
         for j, combination in enumerate(COMBINATIONS):
             for k, region in enumerate(REGIONS):
-                distances = dict.fromkeys(("hd95_mm", "hd95_brats", "hd95_released", "assd_mm"), 1.0 + i + j)
+                names = ("hd95_mm", "hd95_brats", "hd95_released", "assd_mm")
+                distances = {name: 1.0 + i + j + 10 * n for n, name in enumerate(names)}
                 values = {"dice": dice + 0.01 * i + 0.1 * j - 0.05 * k, **distances, "prediction_ml": 1, "label_ml": 1}
                 rows.append({"case": case, "combination": combination, "region": region, **values})
     return pd.DataFrame(rows)
@@ -204,7 +205,7 @@ def test_table_1_has_the_means_of_each_method(page: Page) -> None:
         *("(0.5, 0.25)", "Baseline", "56.00\n[55.00, 57.00]\n± 7.07", "51.00\n[50.00, 52.00]\n± 7.07"),
         "53.50\n[52.50, 54.50]\n± 7.07",
     ]
-    assert first_lines(rows[1], 2) == ["*76.00", "*71.00", "*73.50", *["3.00"] * 6]
+    assert first_lines(rows[1], 2) == ["*76.00", "*71.00", "*73.50", *["13.00"] * 3, *["23.00"] * 3]
     assert first_lines(rows[4], 2)[:3] == ["56.00", "51.00", "53.50"]  # alone with its rates: best of nothing
 
 
@@ -234,7 +235,9 @@ def test_table_3_has_a_row_for_each_combination(page: Page) -> None:
         ["66.00", "*86.00"],
         ["56.00", "*76.00"],
     ]
-    assert [first_lines(row)[2] for row in page.rows["table3_hd95"][2:]] == ["2.00", "3.00", "4.00", "3.00"]
+    for table, tens in (("table3_hd95", 10), ("table3_hd95_released", 20)):
+        distances = [first_lines(row)[2] for row in page.rows[table][2:]]
+        assert distances == [f"{tens + ones}.00" for ones in (2, 3, 4, 3)]
 
 
 def test_methods_are_tested_against_the_baseline_with_their_rates(page: Page, report: Path) -> None:
