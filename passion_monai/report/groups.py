@@ -9,9 +9,10 @@ from functools import cached_property
 import pandas as pd
 
 from passion_monai.evaluation.statistics import overall, summarise
+from passion_monai.evaluation.tables import without_empty_labels
 from passion_monai.report.runs import Run, pooled_scores
 
-__all__ = ["AVERAGE", "DICE", "LESION_METRICS", "METRICS", "Group", "Metric", "grouped"]
+__all__ = ["AVERAGE", "DICE", "DICE_EXCLUDED", "LESION_METRICS", "METRICS", "Group", "Metric", "grouped"]
 
 AVERAGE = "Avg."
 
@@ -24,6 +25,11 @@ class Metric:
     title: str
     factor: float
     sign: int  # 1 if higher is better, -1 if lower is
+    exclude_empty: bool = False  # leave out regions that a case's label lacks
+
+    def of(self, scores: pd.DataFrame) -> pd.DataFrame:
+        """The scores that count."""
+        return without_empty_labels(scores) if self.exclude_empty else scores
 
 
 METRICS = (
@@ -32,6 +38,7 @@ METRICS = (
     Metric("hd95_released", "HD95 as in the paper [mm]", 1, -1),
 )
 DICE = METRICS[0]
+DICE_EXCLUDED = Metric("dice", "Dice of regions in the label [%]", 100, 1, exclude_empty=True)
 LESION_METRICS = (
     Metric("lesion_dice", "lesion-wise Dice [%]", 100, 1),
     Metric("lesion_hd95", "lesion-wise HD95 [mm]", 1, -1),
@@ -57,18 +64,20 @@ class Group:
         """Means over all combinations, "Avg." over the regions; `by_combination` adds those of each combination."""
         tables = []
         for metric in metrics:
-            means = overall(self.scores, metric.column).assign(combination=AVERAGE)
+            scores = metric.of(self.scores)
+            means = overall(scores, metric.column).assign(combination=AVERAGE)
             means.loc[means.index[-1], "region"] = AVERAGE
             if by_combination:
-                means = pd.concat([summarise(self.scores, metric.column), means[:-1]])
+                means = pd.concat([summarise(scores, metric.column), means[:-1]])
             tables.append(_shown(means, metric))
         return self._named(tables)
 
     def estimates_by_count(self, metric: Metric) -> pd.DataFrame:
         """Means over all regions and all combinations of as many modalities, see the column ``given``."""
-        counts = self.scores["combination"].str.count(r"\+") + 1
+        counted = metric.of(self.scores)
+        counts = counted["combination"].str.count(r"\+") + 1
         tables = []
-        for count, scores in self.scores.groupby(counts):
+        for count, scores in counted.groupby(counts):
             mean = overall(scores, metric.column)[-1:]
             tables.append(_shown(mean, metric).assign(given=f"{count} of {len(self.first.settings['modalities'])}"))
         return self._named(tables)

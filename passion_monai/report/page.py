@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from passion_monai.evaluation.figures import DPI
 from passion_monai.files import complete_file, make_folder
 from passion_monai.presence import combination_name, combinations
-from passion_monai.report.groups import AVERAGE, LESION_METRICS, METRICS, Group, grouped
+from passion_monai.report.groups import AVERAGE, DICE, DICE_EXCLUDED, LESION_METRICS, METRICS, Group, grouped
 from passion_monai.report.runs import BASELINE, Run
 from passion_monai.report.tables import cells, header, is_best, pivot, to_latex, with_interval
 
@@ -31,6 +31,10 @@ _HD95 = (
     "HD95 is the larger of the two directions' 95th percentiles and counts 373.13 mm where exactly one of prediction "
     "and label is empty, as in the BraTS challenge; 'as in the paper' it is the percentile of both directions' "
     "distances together, and counts 1 mm there."
+)
+_EXCLUDED = (
+    "Dice is 100 % where a region is neither in the label nor predicted, and 0 % where it is only predicted; 'of regions "
+    "in the label' leaves these out."
 )
 _LESIONS = (
     "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "
@@ -67,9 +71,12 @@ class Page:
         self.regions = list(dict.fromkeys(runs[0].scores["region"]))
         self.groups = grouped(runs)
         lesionwise = all("lesion_dice" in run.scores for run in runs)
-        self.metrics = (*METRICS, *(LESION_METRICS if lesionwise else ()))
+        # Where every label has every region, to leave out the others changes nothing.
+        self.dice = (DICE, DICE_EXCLUDED) if any((run.scores["label_ml"] == 0).any() for run in runs) else (DICE,)
+        self.metrics = (*self.dice, *METRICS[1:], *(LESION_METRICS if lesionwise else ()))
         self.intervals = _signs(self.groups)
-        self.conventions = sentences(self.intervals, _HD95, _LESIONS if lesionwise else "")
+        excluded = _EXCLUDED if DICE_EXCLUDED in self.dice else ""
+        self.conventions = sentences(self.intervals, excluded, _HD95, _LESIONS if lesionwise else "")
         self.combinations = [combination_name(row, self.modalities) for row in combinations(len(self.modalities))]
 
     def table(self, name: str, caption: str, numbers: pd.DataFrame, text: pd.DataFrame, bold: pd.DataFrame) -> Markup:
@@ -157,4 +164,5 @@ def _signs(groups: Sequence[Group]) -> str:
 
 def _caption(title: str) -> str:
     """The caption of a metric."""
-    return next((text for start, text in (("HD95", _HD95), ("lesion-wise", _LESIONS)) if title.startswith(start)), "")
+    captions = {"HD95": _HD95, "lesion-wise": _LESIONS, DICE_EXCLUDED.title: _EXCLUDED}
+    return next((text for start, text in captions.items() if title.startswith(start)), "")

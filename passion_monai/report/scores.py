@@ -54,11 +54,12 @@ def ablation(page: Page) -> Section:
 def by_count(page: Page) -> Section:
     """Mean Dice by how many modalities are given."""
     groups = sorted(page.groups, key=page.rates_order)
-    numbers = pd.concat([group.estimates_by_count(DICE) for group in groups], ignore_index=True)
+    tables = [group.estimates_by_count(metric) for group in groups for metric in page.dice]
+    numbers = pd.concat(tables, ignore_index=True)
     rows = ["missing rates", "method", *page.backbone_key()]
-    title = f"{DICE.title}, mean of all regions and of all combinations of as many modalities."
-    caption = sentences(title, page.intervals)
-    part = page.estimates("by_count", caption, numbers, rows, ["given"], ["missing rates", "backbone", "given"])
+    caption = sentences("Means of all regions and of all combinations of as many modalities.", page.intervals)
+    within = ["missing rates", "backbone", "metric", "given"]
+    part = page.estimates("by_count", caption, numbers, rows, ["metric", "given"], within)
     text = "Whether a method gains where few modalities are given, and what it loses where all are."
     return Section("by_count", "How many modalities are given", text, [part])
 
@@ -69,7 +70,7 @@ def combinations(page: Page) -> Section:
     for metric in page.metrics:
         numbers = pd.concat([group.estimates([metric], by_combination=True) for group in page.groups])
         numbers = numbers[numbers["region"] != AVERAGE]
-        name = f"table3_{metric.column.removesuffix('_brats')}"
+        name = f"table3_{metric.column.removesuffix('_brats')}{'_excluded' if metric.exclude_empty else ''}"
         parts.append(page.by_combination(name, metric.title, numbers, ["region", "label"]))
     text = "Each combination of modalities (● given, ○ not given), in the layout of the paper's Table 3."
     return Section("combinations", "Every combination of modalities", text, parts)

@@ -210,10 +210,30 @@ def test_table_1_has_the_means_of_each_method(page: Page) -> None:
 
 
 def test_few_and_many_modalities_are_told_apart(page: Page) -> None:
-    names, *rows = page.rows["by_count"]
+    metrics, names, *rows = page.rows["by_count"]
+    assert metrics == ["", "Dice [%]"]
     assert names == ["missing rates", "method", "1 of 2", "2 of 2"]
     assert rows[0][:3] == ["(0.5, 0.25)", "Baseline", "48.50\n[47.50, 49.50]\n± 7.07"]  # 43.5 and 53.5 % from one
     assert first_lines(rows[1], 2) == ["*68.50", "*83.50"]
+
+
+def test_regions_that_a_label_lacks_are_left_out_in_a_column_of_their_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", files=False)
+
+    def without_core(table: pd.DataFrame) -> pd.DataFrame:
+        lacking = (table["case"] == CASES[0]) & (table["region"] == "core")
+        return table.assign(label_ml=table["label_ml"].mask(lacking, 0), dice=table["dice"].mask(lacking, 1.0))
+
+    change_scores(run, without_core)
+    main([str(run), "--output", str(tmp_path / "report")])
+    page = Page(tmp_path / "report" / "index.html")
+    metrics, regions, first = page.rows["table1"]
+    assert metrics[1:3] == ["Dice [%]", "Dice of regions in the label [%]"]
+    assert regions[2:8] == ["whole", "core", "Avg."] * 2
+    # The cores of the other two cases have 56 and 57 %.
+    assert first_lines(first)[2:8] == ["61.00", "71.00", "66.00", "61.00", "56.50", "58.75"]
+    assert page.rows["by_count"][0] == ["", "Dice [%]", "Dice of regions in the label [%]"]
+    assert "table3_dice_excluded" in page.rows
 
 
 def test_table_2_ticks_the_parts(page: Page) -> None:
