@@ -294,6 +294,7 @@ def _commands_for_weights(facts: Mapping[str, Any]) -> dict[str, str]:
     )
     return {
         "weights_file": weights,
+        "expected_source": " (of those in `models/`: the cross-validation above)" if of_patients else "",
         "ckpt_option": "" if there else f" --ckpt_path {weights}",
         "pretrained_option": "" if there else f" \\\n    --pretrained_weights {weights}",
         "shipped_calibration_text": note if of_patients else "",

@@ -39,6 +39,8 @@ _NAMES_IN_ERROR = 5
 def confidence_interval(values: ArrayLike, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean over cases.
 
+    Of few cases it is too narrow: of six, a 95 % interval covers the mean about 87 % of the time.
+
     Args:
         values: one value for each case; NaN is left out.
         level: share of intervals that cover the mean.

@@ -33,8 +33,8 @@ _HD95 = (
     "distances together, and counts 1 mm there."
 )
 _EXCLUDED = (
-    "Dice is 100 % where a region is neither in the label nor predicted, and 0 % where it is only predicted; 'of regions "
-    "in the label' leaves these out."
+    "Dice is 100 % where a region is neither in the label nor predicted, and 0 % where it is only predicted; 'of "
+    "regions in the label' leaves these out."
 )
 _LESIONS = (
     "Lesion-wise scores are means over the lesions of label and prediction; one that is missed or false counts as Dice "

@@ -29,8 +29,8 @@ class SaveSegmentationd(MapTransform):
     """Write a class map as ``<case>_seg.nii.gz`` with the data set's label values, and ``<case>_seg.json`` beside it.
 
     The JSON file has the modalities used and missing, the file of each (null if missing), the volume of each region in
-    millilitres, and ``expected_scores``: the scores of the network in its evaluation with the same modalities (null if
-    it was not evaluated). ``calibration`` has the temperature that calibrated the probabilities, or null; if
+    millilitres, and ``expected_scores``: the scores that were reached with the same modalities in the evaluation of the
+    weights (null without one). ``calibration`` has the temperature that calibrated the probabilities, or null; if
     calibration was requested but not possible, a note says why. A file under its final name is complete.
 
     Args:
