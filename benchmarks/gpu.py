@@ -17,6 +17,7 @@ A step, of the paper's objective, has these forms:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -169,9 +170,10 @@ def results(task: Task, arguments: argparse.Namespace, end: float) -> Row:
     """A row: what it is of, and what was measured, or why nothing was."""
     row, function = task
     settings = {**SETTINGS, **(SMALL if arguments.small else {}), "device": arguments.device, **row}
+    with contextlib.suppress(RuntimeError):  # of a card that the row before has left in an error, which this one tells
+        forget(arguments)
     limit = _Limit(min(arguments.row_seconds, end - time.monotonic()))
     try:
-        forget(arguments)
         with limit:
             return {**row, **function(argparse.Namespace(**settings))}
     except Exception as error:  # noqa: BLE001 (a row that fails must not end the others)
