@@ -183,6 +183,21 @@ class TestWeights:
         assert second.endswith("--epochs $(cat some/epochs.txt)")
         assert second.count("--epochs") == 1
 
+    def test_finished_runs_of_other_cases_are_not_taken_for_folds_of_these(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "run" / "evaluation").mkdir(parents=True)
+        (tmp_path / "run" / "evaluation" / "scores.csv").write_text("case,dice\nx,1\nx,1\n")
+        unfinished = functions("real")["unfinished"]
+        monkeypatch.setitem(unfinished.__globals__["config"], "dataset_dir", str(tmp_path))
+        assert unfinished(["run", "other"]) == ["run/evaluated", "other/evaluated"]
+        (tmp_path / "run" / "evaluated").touch()
+        with pytest.raises(ValueError, match="run tested x, which is not in"):
+            unfinished(["run", "other"])
+        (tmp_path / "x").mkdir()
+        assert unfinished(["run", "other"]) == ["other/evaluated"]
+
     def test_scores_are_of_a_cross_validation_with_the_same_settings(self, training: Any):
         folds = functions("real")["folds_of_weights"](SimpleNamespace(bundle="brats_rfnet"))
         assert len(folds) == SCALES["real"]["cohorts"]["brats"]["folds"]
