@@ -462,6 +462,14 @@ class TestSaveSegmentationd:
         record = json.loads((tmp_path / "case1_seg.json").read_text())
         assert record["labels"] == {"none": 0, "edge": 2, "core": 3}
 
+    def test_values_of_more_or_fewer_classes_than_the_network_has_are_not_for_it(
+        self, make_case: MakeCase, tmp_path: Path
+    ):
+        """As those of a data set's layout are not, after a fine-tuning on other classes."""
+        self.save(make_case(label=False) | {"label_values": [0, 1, 2, 3]}, tmp_path)
+        record = json.loads((tmp_path / "case1_seg.json").read_text())
+        assert record["labels"] == {"none": 0, "edge": 2, "core": 4}
+
     def test_tells_the_scores_of_the_case_s_combination(self, make_case: MakeCase, tmp_path: Path):
         scores = {"data": "two cases", "combinations": {"b+c": {"whole": {"dice": 0.5}}, "b": {"whole": {"dice": 0.1}}}}
         case = make_case()

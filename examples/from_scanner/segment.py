@@ -122,7 +122,8 @@ def move_label(label: Path, name: str, onto: Path, path: Path, output: Path, *, 
     Transform(output / "transformations", LinearRegistrator()).apply(
         name, onto, label, path, output / "labels.log", interpolator="nearestNeighbor", inverse=back
     )
-    voxels = np.asarray(nib.load(path).dataobj).round().astype(np.uint8)  # ANTs writes floating-point numbers
+    voxels = np.asarray(nib.load(path).dataobj).round()  # ANTs writes floating-point numbers
+    voxels = voxels.astype(np.min_scalar_type(int(voxels.max())))  # label values are not negative
     nib.save(nib.Nifti1Image(voxels, nib.load(onto).affine), path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import pickle
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -108,8 +109,12 @@ def _hash_case(item: Item) -> bytes:
 
 
 def _files(path: Path) -> list[Path]:
-    """A file, the files of a DICOM folder, or nothing where there is neither."""
-    return sorted(path.iterdir()) if path.is_dir() else [path] * path.is_file()
+    """A file, with the voxels that lie beside a header, the files of a DICOM folder, or nothing where there is none."""
+    if path.is_dir():
+        return sorted(path.iterdir())
+    if path.suffix.lower() == ".mhd":
+        return sorted(file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.is_file())
+    return [path] * path.is_file()
 
 
 def _without_metadata(prepared: Item) -> tuple[dict[Hashable, Any], dict[Hashable, Tensor]]:

@@ -297,6 +297,7 @@ def fit_positions(value: Tensor, target: Tensor, backbone: Backbone, *, groups: 
     if (
         min(value.ndim, target.ndim) < 2
         or not value.numel()
+        or value.shape[-2:] == target.shape[-2:]  # of as many positions, or no positions at all
         or value.shape[-1] != target.shape[-1]
         or target.shape[-2] != num_tokens
     ):

@@ -73,7 +73,9 @@ class SaveSegmentationd(MapTransform):
 
     def _save(self, data: Data, prediction: MetaTensor) -> None:
         classes = prediction.as_tensor()[0].cpu().numpy()
-        values = np.asarray(values_in_file(data, self.values))
+        own = values_in_file(data, self.values)
+        # A network that was fine-tuned on other classes has no use for those of the data set's files.
+        values = np.asarray(own if len(own) == len(self.class_names) else self.values)
         values = values.astype(np.result_type(*map(np.min_scalar_type, values.tolist())))  # the smallest that holds all
         image = nib.Nifti1Image(values[classes], prediction.affine.cpu().numpy())
         image.header.set_xyzt_units("mm")

@@ -14,7 +14,7 @@ from monai.transforms import Compose, MapTransform, NormalizeIntensityd, RandSca
 from monai.utils import set_determinism
 from torch.utils.data import DataLoader
 
-from passion_monai.datasets.cache import FileCacheDataset
+from passion_monai.datasets.cache import FileCacheDataset, _hash_case
 from passion_monai.transforms import LoadCased
 
 MODALITIES = ("x", "y")
@@ -116,6 +116,17 @@ def test_what_changes_is_made_anew(cases: list[dict[str, Any]], tmp_path: Path, 
     dataset = make_dataset(cases, tmp_path, factor=1.0 if change == "transform" else 0.0)
     assert loads(tmp_path) == (["a", "a", "b", "b"] if change == "transform" else ["a", "a", "b"])
     assert ("y" in dataset[0]) == (change != "case")
+
+
+def test_voxels_beside_a_header_are_looked_at_too(tmp_path: Path) -> None:
+    header, voxels, other = (tmp_path / name for name in ("x [1].mhd", "x [1].raw", "y.raw"))
+    for path in (header, voxels, other):
+        path.write_bytes(b"0")
+    before = _hash_case({"x": str(header)})
+    other.write_bytes(b"00")
+    assert _hash_case({"x": str(header)}) == before
+    voxels.write_bytes(b"00")
+    assert _hash_case({"x": str(header)}) != before
 
 
 def test_another_version_of_the_package_makes_all_anew(

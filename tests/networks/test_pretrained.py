@@ -26,7 +26,13 @@ CASES = list(itertools.product(BACKBONES, (2, 3)))
 
 
 def build(
-    name: str, spatial_dims: int = 2, *, modalities: int = 3, classes: int = 3, size: int = 32, seed: int = 0
+    name: str,
+    spatial_dims: int = 2,
+    *,
+    modalities: int = 3,
+    classes: int = 3,
+    size: int | tuple[int, ...] = 32,
+    seed: int = 0,
 ) -> Backbone:
     torch.manual_seed(seed)
     network = BACKBONES[name](spatial_dims, modalities, classes, img_size=size, **SMALL.get(name, {})).eval().double()
@@ -62,6 +68,15 @@ def test_the_same_modalities_give_the_same_network(name: str, spatial_dims: int)
     assert (report.partial, report.fresh) == ((), {})
     x = image(spatial_dims, 3)
     torch.testing.assert_close(target(x), source(x))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_same_crop_keeps_positions_as_they_are_if_its_sides_differ(name: str):
+    """8 x 2 positions are as many as 4 x 4."""
+    source, target = build(name, size=(128, 32)), build(name, size=(128, 32), seed=1)
+    transfer(source, target, "abc", "abc")
+    before, after = source.state_dict(), target.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @torch.no_grad()
