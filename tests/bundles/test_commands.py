@@ -216,6 +216,18 @@ def test_packing_without_weights_says_what_to_do(
         pack.pack(one_bundle.folder, tmp_path / "package.whl")
 
 
+def test_what_may_identify_patients_is_not_packed(
+    one_bundle: Any, pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pack, "DIST", tmp_path)
+    bundle = tmp_path / one_bundle.name
+    (bundle / "models").mkdir(parents=True)
+    (bundle / "models" / "model.pt").touch()
+    (bundle / "predictions").mkdir()
+    with pytest.raises(FileExistsError, match="holds predictions, no part of the bundle"):
+        pack.pack(one_bundle.folder, tmp_path / "package.whl")
+
+
 def make_run(folder: Path, seed: int, cases: Sequence[str]) -> Path:
     """What is left of a training with an evaluation, as far as weights for everybody are made of it."""
     (folder / "models").mkdir(parents=True)
@@ -294,7 +306,7 @@ def test_a_model_hub_gets_the_bundle_with_safetensors_that_say_what_they_are(
     with pytest.raises(FileNotFoundError, match="make weights-real"):
         pack.write_hub_folder(source)
     pack.put_weights(source, make_run(tmp_path / "all", 0, ["0a", "0b"]))
-    pack.put_scores(source, [make_run(tmp_path / "fold", 0, ["0a", "0b"])])
+    pack.put_scores(source, read_runs([str(make_run(tmp_path / "fold", 0, ["0a", "0b"]))]))
     folder = pack.write_hub_folder(source)
     weights = folder / "models" / "model.safetensors"
     with safe_open(weights, "pt") as file:
