@@ -195,7 +195,7 @@ class TestWeights:
         (tmp_path / "run" / "evaluated").touch()
         with pytest.raises(ValueError, match="run tested x, which is not in"):
             unfinished(["run", "other"])
-        (tmp_path / "x").mkdir()
+        (tmp_path / "site" / "x").mkdir(parents=True)
         assert unfinished(["run", "other"]) == ["other/evaluated"]
 
     def test_scores_are_of_a_cross_validation_with_the_same_settings(self, training: Any):
